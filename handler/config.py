@@ -1,0 +1,92 @@
+"""What a model is, in full: the configuration that is saved in every checkpoint.
+
+All classes are frozen and reject unknown keys, so that a checkpoint of a newer or foreign version is noticed instead of
+being half understood.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Tokenization = Literal["word", "character"]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PreprocessingConfig(Config):
+    """From an upright RGB photo to the encoder's input: `(pixel * scale - mean) / std` for each channel."""
+
+    size: int = Field(default=160, ge=32, le=1024)
+    """Side of the square input in pixels."""
+    fit: Literal["stretch", "crop"] = "stretch"
+    """`stretch`: the whole photo, aspect ratio given up. `crop`: shorter side to `size`, then the centre square."""
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    """Pillow's filters; bilinear and bicubic are antialiased, nearest is not."""
+    channel_order: Literal["RGB", "BGR"] = "RGB"
+    scale: float = 1 / 255
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """In the order of `channel_order`."""
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+class EncoderConfig(Config):
+    architecture: Literal["resnet50-torchvision", "resnet50-caffe"] = "resnet50-torchvision"
+    """`torchvision` is v1.5 (stride on the 3x3 convolution). `caffe` is He et al.'s v1 as Chainer runs it: stride on the
+    first 1x1 convolution, max pooling without padding in ceil mode, batch-norm epsilon 2e-5."""
+
+
+class DecoderConfig(Config):
+    vocabulary_size: int = Field(ge=3)
+    feature_size: int = 2048
+    embedding_size: int = Field(default=512, ge=1)
+    hidden_size: int = Field(default=512, ge=1)
+    dropout: float = Field(default=0.5, ge=0, lt=1)
+    """On the embeddings and on the LSTM's output, while training."""
+
+
+class LanguageConfig(Config):
+    """One language that the model writes. Several share a decoder when they differ in their first token."""
+
+    code: str
+    """BCP 47, such as `en`, `zh`, `ja`."""
+    start_token: str = "<sos>"
+    tokenization: Tokenization = "word"
+
+    @property
+    def separator(self) -> str:
+        """What stands between two tokens of a caption."""
+        return " " if self.tokenization == "word" else ""
+
+
+class SearchConfig(Config):
+    """The model's own settings of the search; a request overrides the first two."""
+
+    length_penalty: float = Field(default=0.0, ge=0, le=2)
+    max_length: int = Field(default=20, ge=1, le=50)
+    suppress_unknown: bool = True
+    """Never generate the token for unknown words."""
+
+
+class ModelConfig(Config):
+    name: str = "caption"
+    version: str = "1.0"
+    languages: tuple[LanguageConfig, ...] = (LanguageConfig(code="en"),)
+    """The first is the default."""
+    preprocessing: PreprocessingConfig = PreprocessingConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    decoder: DecoderConfig
+    search: SearchConfig = SearchConfig()
+
+    @model_validator(mode="after")
+    def _languages_differ(self) -> Self:
+        codes = [language.code for language in self.languages]
+        if not codes or len(set(codes)) != len(codes):
+            raise ValueError("languages must be at least one, each with a code of its own")
+        return self

@@ -1,0 +1,48 @@
+"""ResNet50 without its classifier (He et al. 2016, "Deep Residual Learning for Image Recognition")."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from handler.config import EncoderConfig
+from handler.torchvision_models import models
+
+FEATURE_SIZE = 2048
+CAFFE_BATCH_NORM_EPS = 2e-5
+
+
+class Encoder(nn.Module):
+    """Photos to features.
+
+    Parameter names are torchvision's `resnet50` names without `fc`, so its weight files fit as they are.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        resnet = models.resnet50()
+        if config.architecture == "resnet50-caffe":
+            _as_in_caffe(resnet)
+        for name, child in resnet.named_children():
+            if name not in ("avgpool", "fc"):
+                self.add_module(name, child)
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to a grid of features (B, 2048, ceil(H / 32), ceil(W / 32))."""
+        for stage in self.children():
+            images = stage(images)
+        return images
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to pooled features (B, 2048)."""
+        return self.feature_map(images).mean((2, 3))
+
+
+def _as_in_caffe(resnet: nn.Module) -> None:
+    """Turn torchvision's v1.5 into the v1 network of Caffe and chainer-caption, in place."""
+    resnet.maxpool = nn.MaxPool2d(3, stride=2, padding=0, ceil_mode=True)
+    for block in resnet.modules():
+        if isinstance(block, models.resnet.Bottleneck) and block.stride != 1:
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+        if isinstance(block, nn.BatchNorm2d):
+            block.eps = CAFFE_BATCH_NORM_EPS

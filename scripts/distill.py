@@ -1,0 +1,288 @@
+"""Distil a ResNet50 encoder from teacher networks: `python -m scripts.distill --help`.
+
+Teacher and student see the same random crop, flip and colour change of a photo, and with some probability the same
+mixture of two (Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and consistent"). The student
+learns the teachers' pooled features (standardised), their class probabilities, and the words of the photo's captions.
+
+The run directory holds all that a continuation needs: run the same command again and it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from handler.checkpoint import write_atomically, write_safetensors
+from handler.config import EncoderConfig, PreprocessingConfig
+from handler.encoder import FEATURE_SIZE, Encoder
+from handler.image import normalize
+from scripts.datasets import Example, load_flickr
+from scripts.teachers import CLASSES, FEATURES, MobileNetV2Teacher
+
+STOP_WORDS = frozenset(
+    "a an the in on of and with is are to at his her its their it as by from for that this he she they one other while".split()
+)
+WARM_UP_STEPS = 200
+SAVE_EVERY_SECONDS = 300
+
+
+class Student(nn.Module):
+    """The encoder and the linear heads that exist only while it is distilled."""
+
+    def __init__(self, teachers: int, words: int) -> None:
+        super().__init__()
+        self.encoder = Encoder(EncoderConfig())
+        self.features = nn.Linear(FEATURE_SIZE, FEATURES * teachers)
+        self.classes = nn.Linear(FEATURE_SIZE, CLASSES * teachers)
+        self.words = nn.Linear(FEATURE_SIZE, words)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pooled = self.encoder(images).float()
+        return self.features(pooled), self.classes(pooled), self.words(pooled)
+
+
+def concept_words(examples: list[Example], *, min_photos: int = 12) -> tuple[list[str], Tensor]:
+    """The frequent content words of the captions, and a target (N, words) in 0..1 for each photo.
+
+    A word named by one of the captions counts 0.5, by two or more 1.
+    """
+    named = [Counter(word for text in e.captions for word in set(re.findall(r"[a-z]+", text.lower()))) for e in examples]
+    photos = Counter(word for counts in named for word in counts)
+    words = [w for w, n in photos.most_common() if n >= min_photos and w not in STOP_WORDS]
+    targets = torch.tensor([[counts[w] for w in words] for counts in named], dtype=torch.float32)
+    return words, (targets / 2).clamp(max=1)
+
+
+def cache_photos(examples: list[Example], size: int, path: Path) -> np.ndarray:
+    """All photos as one memory-mapped array (N, size, size, 3) uint8; made once."""
+    shape = (len(examples), size, size, 3)
+    if not path.exists():
+        part = path.with_suffix(".part.npy")
+        photos = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+        for row, example in enumerate(tqdm(examples, desc="photos", unit="photo")):
+            with Image.open(example.path) as image:
+                photos[row] = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+        photos.flush()
+        part.rename(path)
+    photos = np.load(path, mmap_mode="r")
+    if photos.shape != shape:
+        raise ValueError(f"{path} holds {photos.shape}, these photos need {shape}: use a new run directory")
+    return photos
+
+
+def augment(photos: Tensor, pixels: int) -> Tensor:
+    """Photos (B, 3, S, S) in 0..1 to random crops (B, 3, pixels, pixels): a quarter to all of the area, flipped, recoloured."""
+    n, device = len(photos), photos.device
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(n, *shape, device=device) * (high - low) + low
+
+    area, ratio = uniform(0.25, 1), torch.exp(uniform(-1, 1) * math.log(4 / 3))
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    theta = torch.zeros(n, 2, 3, device=device)
+    theta[:, 0, 0] = width * uniform(-1, 1).sign()
+    theta[:, 1, 1] = height
+    theta[:, 0, 2] = uniform(-1, 1) * (1 - width)
+    theta[:, 1, 2] = uniform(-1, 1) * (1 - height)
+    grid = F.affine_grid(theta, [n, 3, pixels, pixels], align_corners=False)
+    crops = F.grid_sample(photos, grid, align_corners=False)
+    return (crops * uniform(0.75, 1.25, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)).clamp(0, 1)
+
+
+def resized(images: Tensor, pixels: int) -> Tensor:
+    return F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True, align_corners=False)
+
+
+class Distillation:
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.run: Path = arguments.run
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device == "cuda":
+            torch.backends.cudnn.benchmark = True
+        splits = {name: load_flickr(arguments.images, arguments.captions, path) for name, path in arguments.split}
+        self.held_out = len(splits["dev"])
+        examples = [e for name, part in splits.items() if name != "dev" for e in part] + splits["dev"]
+        self.train = len(examples) - self.held_out
+        self.words, self.targets = concept_words(examples)
+        self.photos = cache_photos(examples, arguments.photo_size, self.run / f"photos-{arguments.photo_size}.npy")
+        self.teachers = [MobileNetV2Teacher(path).to(self.device, memory_format=torch.channels_last) for path in arguments.teacher]
+        torch.manual_seed(arguments.seed)
+        student = Student(len(self.teachers), len(self.words))
+        if arguments.init:
+            weights = {name: value.float() for name, value in load_file(arguments.init).items()}
+            student.encoder.load_state_dict(weights, strict=False)
+        self.student = student.to(self.device, memory_format=torch.channels_last)
+        matrices = [p for p in student.parameters() if p.ndim > 1]
+        vectors = [p for p in student.parameters() if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.03}, {"params": vectors, "weight_decay": 0.0}],
+            lr=arguments.learning_rate,
+            betas=(0.9, 0.99),
+        )
+        self.preprocessing = PreprocessingConfig(size=arguments.pixels)
+        self.steps, self.seconds = 0, 0.0
+        state_path = self.run / "state.pt"
+        if state_path.exists():
+            state = torch.load(state_path, map_location=self.device, weights_only=True)
+            self.student.load_state_dict(state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.steps, self.seconds, self.mean, self.std = (state[k] for k in ("steps", "seconds", "mean", "std"))
+            torch.set_rng_state(state["rng"].cpu())
+            print(f"continuing after {self.steps} steps, {self.seconds / 60:.0f} minutes")
+        else:
+            seen = [self.teach(augment(self.load(torch.randint(0, self.train, (64,))), 224))[0] for _ in range(16)]
+            self.mean, self.std = torch.cat(seen).mean(0), torch.cat(seen).std(0) + 1e-3
+
+    def load(self, index: Tensor) -> Tensor:
+        """Row numbers (B,) to photos (B, 3, S, S) in 0..1 on the device."""
+        batch = torch.from_numpy(self.photos[np.sort(index.numpy())])
+        return batch.to(self.device).permute(0, 3, 1, 2).float() / 255
+
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        images = resized(images, self.arguments.teacher_pixels)
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            features, classes = zip(*(teacher(images) for teacher in self.teachers), strict=True)
+        return torch.cat(features, 1), torch.stack(classes, 1)
+
+    def learn(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        images = normalize(images * 255, self.preprocessing).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device, dtype=torch.bfloat16):
+            return self.student(images)
+
+    @torch.no_grad()
+    def look(self, limit: int = 256) -> dict[str, float]:
+        """Held-out photos: cosine to the teachers' features, share of the five first words that a caption has."""
+        self.student.eval()
+        cosine, hits = [], []
+        for start in range(self.train, min(self.train + limit, self.train + self.held_out), 64):
+            index = torch.arange(start, min(start + 64, self.train + self.held_out))
+            images = resized(self.load(index), 160)
+            features, _, words = self.learn(images)
+            cosine.append(F.cosine_similarity(features, (self.teach(images)[0] - self.mean) / self.std).mean().item())
+            named = self.targets[index].to(self.device).gather(1, words.topk(5).indices) > 0
+            hits.append(named.float().mean().item())
+        self.student.train()
+        return {"cosine": round(float(np.mean(cosine)), 4), "words@5": round(float(np.mean(hits)), 4)}
+
+    def loss(self) -> dict[str, Tensor]:
+        index = torch.randint(0, self.train, (self.arguments.batch,)).sort().values
+        images = augment(self.load(index), self.arguments.pixels)
+        words = self.targets[index].to(self.device)
+        if torch.rand(()) < self.arguments.mixup:
+            share = torch.rand(len(images), device=self.device)
+            other = torch.randperm(len(images), device=self.device)
+            images = images * share.view(-1, 1, 1, 1) + images[other] * (1 - share.view(-1, 1, 1, 1))
+            words = words * share[:, None] + words[other] * (1 - share[:, None])
+        wanted, wanted_classes = self.teach(images)
+        wanted = (wanted - self.mean) / self.std
+        features, logits, word_logits = self.learn(images)
+        log_classes = F.log_softmax(logits.view(wanted_classes.shape), dim=-1)
+        losses = {
+            "features": F.smooth_l1_loss(features, wanted) + (1 - F.cosine_similarity(features, wanted)).mean(),
+            "classes": F.kl_div(log_classes, wanted_classes, log_target=True, reduction="batchmean"),
+            "words": F.binary_cross_entropy_with_logits(word_logits, words),
+        }
+        losses["total"] = losses["features"] + 0.5 * losses["classes"] + 30 * losses["words"]
+        return losses
+
+    def save(self) -> None:
+        state = {
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "mean": self.mean,
+            "std": self.std,
+            "rng": torch.get_rng_state(),
+        }
+        write_atomically(self.run / "state.pt", lambda path: torch.save(state, path))
+        write_safetensors(self.run / "encoder.safetensors", self.student.encoder.state_dict(), half=True)
+
+    def run_to_end(self) -> None:
+        minutes = self.arguments.minutes
+        self.student.train()
+        saved = time.monotonic()
+        with (
+            open(self.run / "log.jsonl", "a") as log,
+            tqdm(total=round(minutes, 1), initial=round(self.seconds / 60, 1), unit="min", desc="distil") as bar,
+        ):
+            while self.seconds < minutes * 60:
+                began = time.monotonic()
+                fraction = min(1.0, self.seconds / (minutes * 60))
+                warm = min(1.0, (self.steps + 1) / WARM_UP_STEPS)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.arguments.learning_rate * warm * (0.5 * (1 + math.cos(math.pi * fraction)) + 0.005)
+                losses = self.loss()
+                self.optimizer.zero_grad(set_to_none=True)
+                losses["total"].backward()
+                nn.utils.clip_grad_norm_(self.student.parameters(), 2.0)
+                self.optimizer.step()
+                self.steps += 1
+                spent = time.monotonic() - began
+                self.seconds += spent
+                bar.update(spent / 60)
+                if self.steps % 100 == 0:
+                    row = {
+                        "step": self.steps,
+                        "minutes": round(self.seconds / 60, 1),
+                        **{name: round(value.item(), 4) for name, value in losses.items()},
+                        **self.look(),
+                    }
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                    tqdm.write(json.dumps(row))
+                if time.monotonic() - saved > SAVE_EVERY_SECONDS:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    name, _, path = text.partition("=")
+    return name, Path(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory; made, or continued")
+    parser.add_argument("--images", type=Path, required=True, help="folder of photos")
+    parser.add_argument("--captions", type=Path, required=True, help="Flickr token file: name.jpg#k<TAB>caption")
+    parser.add_argument("--split", type=_named_path, action="append", required=True, metavar="NAME=FILE", help="lists of photos; `dev` is only looked at")
+    parser.add_argument("--teacher", type=Path, action="append", required=True, help="MobileNetV2 weights; may be given twice")
+    parser.add_argument("--init", type=Path, help="encoder weights to begin with")
+    parser.add_argument("--minutes", type=float, default=90, help="training time in all; the learning rate ends with it")
+    parser.add_argument("--pixels", type=int, default=128, help="side of the student's crops")
+    parser.add_argument("--teacher-pixels", type=int, default=224, help="what the teachers see the same crop as")
+    parser.add_argument("--photo-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--mixup", type=float, default=0.0, help="probability that a batch is mixed")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    distillation = Distillation(arguments)
+    print(
+        f"{distillation.device}: {distillation.train} photos, {distillation.held_out} held out, {len(distillation.words)} words, "
+        f"{len(distillation.teachers)} teachers, {arguments.minutes:.0f} minutes in all"
+    )
+    distillation.run_to_end()
+    print(f"held out: {distillation.look(limit=1000)}\nencoder: {arguments.run / 'encoder.safetensors'}")
+
+
+if __name__ == "__main__":
+    main()
