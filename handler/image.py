@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from handler.config import PreprocessingConfig
@@ -136,7 +136,7 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     _refuse_large_webp(data, limits)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         name = _unserved_format(data)
         if name is not None:
             raise UnsupportedFormat(f"{name} files are not served: send {FORMATS_TEXT}") from None

@@ -16,6 +16,7 @@ import re
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from scripts.teachers import CLASSES, FEATURES, MobileNetV2Teacher
 STOP_WORDS = frozenset(
     "a an the in on of and with is are to at his her its their it as by from for that this he she they one other while".split()
 )
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 WARM_UP_STEPS = 200
 SAVE_EVERY_SECONDS = 300
 
@@ -84,7 +86,7 @@ def cache_photos(examples: list[Example], size: int, path: Path) -> np.ndarray:
 
 
 def augment(photos: Tensor, pixels: int) -> Tensor:
-    """Photos (B, 3, S, S) in 0..1 to random crops (B, 3, pixels, pixels): a quarter to all of the area, flipped, recoloured."""
+    """Photos (B, 3, S, S) in 0..1 to random crops (B, 3, pixels, pixels), a quarter to all of each, flipped, recoloured."""
     n, device = len(photos), photos.device
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -119,13 +121,13 @@ class Distillation:
         self.train = len(examples) - self.held_out
         self.words, self.targets = concept_words(examples)
         self.photos = cache_photos(examples, arguments.photo_size, self.run / f"photos-{arguments.photo_size}.npy")
-        self.teachers = [MobileNetV2Teacher(path).to(self.device, memory_format=torch.channels_last) for path in arguments.teacher]
+        self.teachers = [_on(self.device, MobileNetV2Teacher(path)) for path in arguments.teacher]
         torch.manual_seed(arguments.seed)
         student = Student(len(self.teachers), len(self.words))
         if arguments.init:
             weights = {name: value.float() for name, value in load_file(arguments.init).items()}
             student.encoder.load_state_dict(weights, strict=False)
-        self.student = student.to(self.device, memory_format=torch.channels_last)
+        self.student = _on(self.device, student)
         matrices = [p for p in student.parameters() if p.ndim > 1]
         vectors = [p for p in student.parameters() if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -252,17 +254,30 @@ class Distillation:
         self.save()
 
 
+def _on(device: str, module: ModuleT) -> ModuleT:
+    return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def _named_path(text: str) -> tuple[str, Path]:
     name, _, path = text.partition("=")
     return name, Path(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="run directory; made, or continued")
     parser.add_argument("--images", type=Path, required=True, help="folder of photos")
     parser.add_argument("--captions", type=Path, required=True, help="Flickr token file: name.jpg#k<TAB>caption")
-    parser.add_argument("--split", type=_named_path, action="append", required=True, metavar="NAME=FILE", help="lists of photos; `dev` is only looked at")
+    parser.add_argument(
+        "--split",
+        type=_named_path,
+        action="append",
+        required=True,
+        metavar="NAME=FILE",
+        help="lists of photos; `dev` is only looked at",
+    )
     parser.add_argument("--teacher", type=Path, action="append", required=True, help="MobileNetV2 weights; may be given twice")
     parser.add_argument("--init", type=Path, help="encoder weights to begin with")
     parser.add_argument("--minutes", type=float, default=90, help="training time in all; the learning rate ends with it")
@@ -277,7 +292,8 @@ def main() -> None:
     arguments.run.mkdir(parents=True, exist_ok=True)
     distillation = Distillation(arguments)
     print(
-        f"{distillation.device}: {distillation.train} photos, {distillation.held_out} held out, {len(distillation.words)} words, "
+        f"{distillation.device}: {distillation.train} photos, {distillation.held_out} held out, "
+        f"{len(distillation.words)} words, "
         f"{len(distillation.teachers)} teachers, {arguments.minutes:.0f} minutes in all"
     )
     distillation.run_to_end()

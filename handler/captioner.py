@@ -1,0 +1,141 @@
+"""Photo in, captions out: decoding, encoder and beam search composed. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from handler.beam_search import Hypothesis, Search, beam_search
+from handler.checkpoint import Checkpoint
+from handler.config import LanguageConfig
+from handler.image import ImageLimits, decode, normalize, pixels, smallest_useful_side
+from handler.parameters import Parameters
+
+ENCODER_BATCH = 16
+"""Images that go through the encoder at once: more is no faster on a CPU and takes memory."""
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """A photo as the encoder takes it."""
+
+    pixels: Tensor
+    """(3, size, size), uint8"""
+    width: int
+    height: int
+    format: str
+    decode_ms: float
+
+
+@dataclass(frozen=True)
+class Caption:
+    caption: str
+    confidence: float
+    """Geometric mean of the token probabilities: exp(log_likelihood / number of generated tokens)."""
+    log_likelihood: float
+    """Natural logarithm of the probability of the whole sentence."""
+    sentence: tuple[str, ...]
+    """The tokens with the start token, and with the end token unless the length limit cut the caption."""
+    token_log_likelihoods: tuple[float, ...]
+    """One for each generated token, that is, for each of `sentence` but the first."""
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """The captions of one image, best first. The times are those of the batch that it was in."""
+
+    captions: tuple[Caption, ...]
+    image: PreparedImage
+    language: str
+    encode_ms: float
+    search_ms: float
+
+
+class Captioner:
+    """A loaded model, ready to caption."""
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str = "cpu", limits: ImageLimits | None = None) -> None:
+        self.config = checkpoint.config
+        self.vocabulary = checkpoint.vocabulary
+        self.digest = checkpoint.digest
+        self.limits = limits or ImageLimits()
+        self.device = torch.device(device)
+        self.encoder = checkpoint.encoder.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.decoder = checkpoint.decoder.to(self.device)
+        self._languages = {language.code: language for language in self.config.languages}
+        self._forbidden = list(self.vocabulary.never_generated)
+        if self.config.search.suppress_unknown:
+            self._forbidden.append(self.vocabulary.unknown_index)
+
+    def prepare(self, data: bytes) -> PreparedImage:
+        """Decode an image file and bring it to the model's size. Raises a RequestError."""
+        began = time.perf_counter()
+        photo = decode(data, self.limits, smallest_side=smallest_useful_side(self.config.preprocessing))
+        prepared = pixels(photo.image, self.config.preprocessing)
+        return PreparedImage(prepared, photo.width, photo.height, photo.format, _milliseconds_since(began))
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Pixels (B, 3, size, size) uint8 to features (B, 2048)."""
+        features = []
+        for batch in images.split(ENCODER_BATCH):
+            batch = normalize(batch.to(self.device), self.config.preprocessing)
+            features.append(self.encoder(batch.contiguous(memory_format=torch.channels_last)).float())
+        return torch.cat(features)
+
+    def caption(self, images: Sequence[PreparedImage], parameters: Sequence[Parameters]) -> list[CaptionedImage]:
+        """Caption prepared images together, each with its own checked parameters (`parse_parameters`)."""
+        if not images:
+            return []
+        began = time.perf_counter()
+        features = self.encode(torch.stack([image.pixels for image in images]))
+        encoded = time.perf_counter()
+        languages = [self._languages[p.language or self.config.languages[0].code] for p in parameters]
+        searches = [self._search(p, language) for p, language in zip(parameters, languages, strict=True)]
+        found = beam_search(self.decoder, features, searches, end_token=self.vocabulary.end_index, forbidden=self._forbidden)
+        encode_ms, search_ms = (encoded - began) * 1e3, _milliseconds_since(encoded)
+        return [
+            CaptionedImage(self._captions(hypotheses, p, language), image, language.code, encode_ms, search_ms)
+            for hypotheses, p, language, image in zip(found, parameters, languages, images, strict=True)
+        ]
+
+    def _search(self, parameters: Parameters, language: LanguageConfig) -> Search:
+        defaults = self.config.search
+        return Search(
+            start_token=self.vocabulary.index[language.start_token],
+            beam_size=parameters.beam_size,
+            max_length=defaults.max_length if parameters.max_length is None else parameters.max_length,
+            length_penalty=defaults.length_penalty if parameters.length_penalty is None else parameters.length_penalty,
+        )
+
+    def _captions(
+        self, hypotheses: Sequence[Hypothesis], parameters: Parameters, language: LanguageConfig
+    ) -> tuple[Caption, ...]:
+        """The best of the found captions that the client wants; of two that read the same only the better."""
+        captions: dict[str, Caption] = {}
+        for hypothesis in hypotheses:
+            caption = self._as_text(hypothesis, language)
+            if caption.confidence >= parameters.min_confidence:
+                captions.setdefault(caption.caption, caption)
+        return tuple(captions.values())[: parameters.num_captions or parameters.beam_size]
+
+    def _as_text(self, hypothesis: Hypothesis, language: LanguageConfig) -> Caption:
+        sentence = (language.start_token, *self.vocabulary.decode(hypothesis.tokens))
+        words = [word for word in sentence[1:] if word != self.vocabulary.end]
+        log_likelihood = math.fsum(hypothesis.log_likelihoods)
+        return Caption(
+            caption=language.separator.join(words),
+            confidence=math.exp(log_likelihood / len(hypothesis.tokens)),
+            log_likelihood=log_likelihood,
+            sentence=sentence,
+            token_log_likelihoods=hypothesis.log_likelihoods,
+        )
+
+
+def _milliseconds_since(began: float) -> float:
+    return (time.perf_counter() - began) * 1e3
