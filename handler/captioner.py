@@ -12,9 +12,9 @@ from torch import Tensor
 
 from handler.beam_search import Hypothesis, Search, beam_search
 from handler.checkpoint import Checkpoint
-from handler.config import LanguageConfig
-from handler.image import ImageLimits, decode, normalize, pixels, smallest_useful_side
-from handler.parameters import Parameters
+from handler.config import ImageLimits, LanguageConfig
+from handler.image import decode, normalize, pixels, smallest_useful_side
+from handler.parameters import Parameters, parse_parameters
 
 ENCODER_BATCH = 16
 """Images that go through the encoder at once: more is no faster on a CPU and takes memory."""
@@ -71,6 +71,12 @@ class Captioner:
         self._forbidden = list(self.vocabulary.never_generated)
         if self.config.search.suppress_unknown:
             self._forbidden.append(self.vocabulary.unknown_index)
+
+    def warm_up(self) -> None:
+        """Caption a grey image, so that the first client does not wait for what torch sets up on first use."""
+        size = self.config.preprocessing.size
+        grey = PreparedImage(torch.full((3, size, size), 128, dtype=torch.uint8), size, size, "PNG", 0.0)
+        self.caption([grey], [parse_parameters({}, self.config)])
 
     def prepare(self, data: bytes) -> PreparedImage:
         """Decode an image file and bring it to the model's size. Raises a RequestError."""

@@ -90,3 +90,19 @@ class ModelConfig(Config):
         if not codes or len(set(codes)) != len(codes):
             raise ValueError("languages must be at least one, each with a code of its own")
         return self
+
+
+class ImageLimits(Config):
+    """Which images are decoded at all. Judged from the header, before any pixel is."""
+
+    max_bytes: int = Field(default=20 * 2**20, ge=1)
+    max_pixels: int = Field(default=50_000_000, ge=1)
+    max_side: int = Field(default=16_000, ge=1)
+
+
+class ServingConfig(Config):
+    """Settings of a deployment, not of a model: the key `caption` of the archive's model-config.yaml."""
+
+    limits: ImageLimits = ImageLimits()
+    max_instances: int = Field(default=32, ge=1)
+    """Images in one JSON request."""

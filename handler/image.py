@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from handler.config import PreprocessingConfig
+from handler.config import ImageLimits, PreprocessingConfig
 from handler.errors import ImageTooLarge, InvalidImage, RequestError, UnsupportedFormat
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -50,15 +50,6 @@ _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """What is decoded at all. Judged from the header, before any pixel is."""
-
-    max_bytes: int = 20 * 2**20
-    max_pixels: int = 50_000_000
-    max_side: int = 16_000
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,123 @@
+"""TorchServe's entry point, and the only file that knows TorchServe.
+
+TorchServe takes the one class of this module, calls `initialize` once in each worker and `handle` for each batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from ts.metrics.dimension import Dimension
+
+from handler.captioner import Captioner, PreparedImage
+from handler.checkpoint import load_checkpoint
+from handler.config import ServingConfig
+from handler.contract import (
+    CONTENT_TYPE,
+    CaptionRequest,
+    ModelInfo,
+    RequestParser,
+    Result,
+    answer,
+    description,
+    error_answer,
+)
+from handler.errors import CaptionError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class CaptionHandler:
+    def initialize(self, context: Any) -> None:
+        """Load the checkpoint of the .mar onto the worker's device and caption once, so that no client pays for it."""
+        directory = Path(context.system_properties["model_dir"])
+        self.serving = ServingConfig.model_validate((context.model_yaml_config or {}).get("caption", {}))
+        gpu = context.system_properties.get("gpu_id")
+        device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
+        checkpoint = load_checkpoint(directory / "checkpoint")
+        self.captioner = Captioner(checkpoint, device=device, limits=self.serving.limits)
+        self.parser = RequestParser(checkpoint.config, self.serving)
+        version = context.manifest["model"]["modelVersion"]
+        self.model = ModelInfo(context.model_name, str(version), checkpoint.digest)
+        self.captioner.warm_up()
+        logger.info("model %s %s %s on %s", self.model.name, self.model.version, self.model.digest, device)
+
+    def handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes | dict[str, Any]]:
+        """Answer each request of the batch by itself: neither an error nor a description touches the others."""
+        requests = [self._read(row, context, index) for index, row in enumerate(rows)]
+        results = iter(self._caption([request for request in requests if isinstance(request, CaptionRequest)], context))
+        answers: list[bytes | dict[str, Any]] = []
+        for index, request in enumerate(requests):
+            if isinstance(request, dict):
+                answers.append(request)
+                continue
+            if isinstance(request, CaptionRequest):
+                status, body = answer(request, next(results), self.model)
+            else:
+                _count(context, "CaptionErrors", 1, code=request.code)
+                status, body = error_answer(request)
+            if status != HTTPStatus.OK:
+                context.set_response_status(status, HTTPStatus(status).phrase, index)
+            context.set_response_content_type(index, CONTENT_TYPE)
+            answers.append(body)
+        return answers
+
+    def _read(self, row: dict[str, Any], context: Any, index: int) -> CaptionRequest | CaptionError | dict[str, Any]:
+        # A form field's own headers stand here under its name, as a dict.
+        headers = {k.lower(): v for k, v in context.get_all_request_header(index).items() if isinstance(v, str)}
+        # The management API asks for a description with this header. A client can send it too: with an image it is a
+        # plain request all the same, and without one there is nothing to lose.
+        if headers.get("describe") == "True" and not any(row.values()):
+            return description(self.captioner.config, self.model, self.serving)
+        return _guarded(lambda: self.parser.parse(row, headers.get("content-type")))
+
+    def _caption(self, requests: list[CaptionRequest], context: Any) -> list[list[Result]]:
+        """Caption the images of all requests together: a result for each image of each request."""
+        prepared = [
+            [image if isinstance(image, CaptionError) else self._prepare(image) for image in request.images]
+            for request in requests
+        ]
+        good = [
+            (image, request.parameters)
+            for request, images in zip(requests, prepared, strict=True)
+            for image in images
+            if isinstance(image, PreparedImage)
+        ]
+        captioned = self.captioner.caption([image for image, _ in good], [parameters for _, parameters in good])
+        if captioned:
+            _count(context, "CaptionedImages", len(good))
+            _count(context, "Captions", sum(len(result.captions) for result in captioned))
+            _count(context, "DecodeMilliseconds", sum(image.decode_ms for image, _ in good))
+            _count(context, "EncodeMilliseconds", captioned[0].encode_ms)
+            _count(context, "SearchMilliseconds", captioned[0].search_ms)
+        for code, times in Counter(i.code for images in prepared for i in images if isinstance(i, CaptionError)).items():
+            _count(context, "CaptionErrors", times, code=code)
+        remaining = iter(captioned)
+        return [[i if isinstance(i, CaptionError) else next(remaining) for i in images] for images in prepared]
+
+    def _prepare(self, image: bytes) -> PreparedImage | CaptionError:
+        return _guarded(lambda: self.captioner.prepare(image))
+
+
+def _guarded(read: Callable[[], T]) -> T | CaptionError:
+    """Whatever one request's data does, the other requests of the batch are answered."""
+    try:
+        return read()
+    except CaptionError as error:
+        return error
+    except Exception:
+        logger.exception("a request failed in a way that it should not")
+        return CaptionError("the server failed on this request; its log says more")
+
+
+def _count(context: Any, name: str, value: float, **dimensions: str) -> None:
+    """Add to a counter of metrics.yaml. TorchServe appends to the list it is given, so each call needs its own."""
+    labels = [Dimension(label.capitalize(), text) for label, text in dimensions.items()]
+    context.metrics.add_metric(name, value, "ms" if name.endswith("Milliseconds") else "count", dimensions=labels)

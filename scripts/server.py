@@ -1,0 +1,221 @@
+"""Run TorchServe with this project's configuration until a signal ends it: `python -m scripts.server --help`.
+
+Set-up is done by `scripts/serve`, which ends here; the container starts here. Everything that TorchServe starts is in one
+process group and in one temporary directory, so that neither a process nor a file stays behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from scripts.probe import POLL_SECONDS, not_ready
+
+ROOT = Path(__file__).resolve().parent.parent
+STOP_SECONDS = 20
+CONFIG = ROOT / "config.properties"
+ADDRESSES = {"inference": "inference_address", "management": "management_address", "metrics": "metrics_address"}
+GRPC_PORTS = {"gRPC inference": 7070, "gRPC management": 7071}
+
+
+class ServerError(Exception):
+    """The server cannot start, or ended by itself. The message says what to do."""
+
+
+class TorchServe:
+    """One TorchServe process with its workers; a context manager that starts it and stops it whole.
+
+    settings: config.properties keys that differ from the file, such as `inference_address`.
+    """
+
+    def __init__(self, settings: Mapping[str, str] | None = None, *, config: Path = CONFIG, model: str = "caption") -> None:
+        self.model = model
+        self.config = config
+        self.settings = dict(settings or {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder: Path | None = None
+
+    def __enter__(self) -> TorchServe:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def address(self, name: str) -> str:
+        """URL of the `inference`, `management` or `metrics` API."""
+        return self._setting(ADDRESSES[name])
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start the process and return at once. Raises ServerError when a port is taken or a file is missing."""
+        self._check()
+        self._folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
+        environment = os.environ | {f"TS_{key.upper()}": value for key, value in self.settings.items()}
+        # TorchServe keeps its process number, unpacked models and sockets in the temporary directory; this one is ours
+        # alone, so that several servers live side by side and nothing is left when one ends.
+        environment |= {"TMPDIR": str(self._folder), "TEMP": str(self._folder), "LOG_LOCATION": str(self._folder)}
+        environment.pop("PYTHONPATH", None)  # it would win over the code in the .mar
+        command = [
+            *(sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots"),
+            *("--ts-config", str(self.config)),
+            *("--log-config", str(ROOT / "deploy/torchserve/log4j2.xml")),
+        ]
+        # A group of its own: Ctrl-C in the terminal reaches this process only, which then stops TorchServe in order.
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+
+    def wait_until_ready(self, timeout: float = 180.0) -> None:
+        """Return when every worker is READY. Raises ServerError when the time is over or TorchServe has ended."""
+        deadline = time.monotonic() + timeout
+        while (reason := not_ready(self.address("management"), self.model)) is not None:
+            self.check_alive()
+            if time.monotonic() > deadline:
+                raise ServerError(f"not ready after {timeout:.0f} seconds: {reason}")
+            time.sleep(POLL_SECONDS)
+
+    def check_alive(self) -> None:
+        """Raises ServerError when TorchServe has ended."""
+        status = None if self._process is None else self._process.poll()
+        if status is not None:
+            raise ServerError(f"TorchServe has ended with status {status}; the reason stands above")
+
+    def stop(self) -> None:
+        """End TorchServe and its workers: politely, then after a while by force. Safe to call twice."""
+        if self._process is not None:
+            children = _group(self._process.pid)
+            _signal(children, signal.SIGTERM)
+            _, left = psutil.wait_procs(children, timeout=STOP_SECONDS)
+            _signal(left, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _setting(self, key: str) -> str:
+        if key in self.settings:
+            return self.settings[key]
+        if f"TS_{key.upper()}" in os.environ:
+            return os.environ[f"TS_{key.upper()}"]
+        lines = (line.partition("=") for line in self.config.read_text().splitlines() if not line.startswith("#"))
+        return {name.strip(): value.strip() for name, _, value in lines}[key]
+
+    def _check(self) -> None:
+        if shutil.which("java") is None and not os.environ.get("JAVA_HOME"):
+            raise ServerError(
+                "Java is missing: install Java 17, on Debian and Ubuntu `apt-get install openjdk-17-jre-headless`"
+            )
+        addresses = {name: self.address(name).rpartition(":")[2] for name in ADDRESSES}
+        ports = {name: int(port.strip("/")) for name, port in addresses.items()}
+        ports |= {
+            name: int(self.settings.get(name.replace("gRPC ", "grpc_") + "_port", port)) for name, port in GRPC_PORTS.items()
+        }
+        for name, port in ports.items():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError as error:
+                    raise ServerError(
+                        f"port {port} ({name}) cannot be used: {error.strerror}. Stop what uses it, or choose another"
+                    ) from None
+
+
+def free_settings() -> dict[str, str]:
+    """Settings for a second server on this machine: free ports everywhere."""
+    names = ["inference", "management", "metrics", "grpc_inference", "grpc_management", "worker"]
+    sockets = [socket.socket() for _ in names]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        port = {name: one.getsockname()[1] for name, one in zip(names, sockets, strict=True)}
+    finally:
+        for one in sockets:
+            one.close()
+    return {
+        **{key: f"http://127.0.0.1:{port[name]}" for name, key in ADDRESSES.items()},
+        "grpc_inference_port": str(port["grpc_inference"]),
+        "grpc_management_port": str(port["grpc_management"]),
+        "initial_worker_port": str(port["worker"]),
+    }
+
+
+def _group(leader: int) -> list[psutil.Process]:
+    """The processes of a session, workers that lost their parent included."""
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == leader:
+                members.append(process)
+        except OSError:
+            continue
+    return members
+
+
+def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+
+
+class _Stopped(Exception):
+    """SIGTERM or SIGINT has come."""
+
+
+def _stop(number: int, _frame: FrameType | None) -> None:
+    for ignored in (signal.SIGTERM, signal.SIGINT):  # one is enough; a second must not interrupt the stopping
+        signal.signal(ignored, signal.SIG_IGN)
+    raise _Stopped
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--model", default="caption", help="the model whose workers must be ready")
+    arguments = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    server = TorchServe(config=arguments.config, model=arguments.model)
+    try:
+        began = time.monotonic()
+        server.start()
+        server.wait_until_ready()
+        inference = server.address("inference")
+        print(
+            f"ready after {time.monotonic() - began:.1f} s: {inference}\n"
+            f"try   curl -F image=@samples/cat.jpg {inference}/predictions/{arguments.model}\n"
+            "stop  Ctrl-C",
+            flush=True,
+        )
+        while True:
+            server.check_alive()
+            time.sleep(1)
+    except _Stopped:
+        print("stopping", flush=True)
+    except ServerError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()
