@@ -181,7 +181,7 @@ def answer(request: CaptionRequest, results: Sequence[Result], model: ModelInfo)
     """The status and body that answer a request, given a result for each of its images."""
     if len(results) == 1 and request.form != "v1" and isinstance(results[0], CaptionError):
         return error_answer(results[0])
-    objects = [_result(result, model) for result in results]
+    objects = [result_json(result, model) for result in results]
     if request.form == "single":
         return 200, _encoded(objects[0])
     if request.form == "v1":
@@ -206,7 +206,8 @@ def description(config: ModelConfig, model: ModelInfo, serving: ServingConfig) -
     }
 
 
-def _result(result: Result, model: ModelInfo) -> dict[str, Any]:
+def result_json(result: Result, model: ModelInfo) -> dict[str, Any]:
+    """The object that stands for one image in an answer: its captions, or why there are none."""
     if isinstance(result, CaptionError):
         return result.as_json()
     image = result.image
