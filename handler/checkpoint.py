@@ -210,7 +210,7 @@ def _parsed(model: type[ConfigT], path: Path) -> ConfigT:
         content = json.loads(path.read_text(encoding="utf-8"))
         digest = content.pop("digest", None) if model is Manifest else None
         parsed = model.model_validate(content)
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint's {path.name}: {error}") from error
     if isinstance(parsed, Manifest) and digest != parsed.digest:
         raise CheckpointError(f"{path} has been changed: its digest does not fit its content")

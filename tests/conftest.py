@@ -1,0 +1,88 @@
+"""Small models and images that several tests share."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from PIL import Image
+
+from handler.captioner import Captioner
+from handler.checkpoint import Checkpoint
+from handler.config import DecoderConfig, ModelConfig, PreprocessingConfig
+from handler.decoder import Decoder
+from handler.encoder import Encoder
+from handler.vocabulary import Vocabulary
+from scripts.server import TorchServe, free_settings
+
+# A busy machine is slow, which is no failure of what is tested.
+settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-machine")
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = sorted((ROOT / "samples").glob("*.jpg"))
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> Vocabulary:
+    return Vocabulary.build([["a", "dog", "runs", "on", "grass", "the", "cat", "sits"]] * 2, min_count=1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(vocabulary: Vocabulary) -> Checkpoint:
+    """A whole model with random weights, a small decoder and a small input."""
+    torch.manual_seed(0)
+    config = ModelConfig(
+        preprocessing=PreprocessingConfig(size=64),
+        decoder=DecoderConfig(vocabulary_size=len(vocabulary), embedding_size=16, hidden_size=16),
+    )
+    encoder, decoder = Encoder(config.encoder).eval(), Decoder(config.decoder).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(8)  # so that features and words matter
+    return Checkpoint(config, vocabulary, encoder, decoder, "sha256:test")
+
+
+@pytest.fixture(scope="session")
+def captioner(checkpoint: Checkpoint) -> Captioner:
+    return Captioner(checkpoint)
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    """A picture with a different colour in each corner, wider than high."""
+    pixels = np.zeros((60, 90, 3), np.uint8)
+    pixels[:30, :45], pixels[:30, 45:] = (200, 30, 30), (30, 200, 30)
+    pixels[30:, :45], pixels[30:, 45:] = (30, 30, 200), (200, 200, 30)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def encoded(photo: Image.Image) -> Callable[..., bytes]:
+    """The photo, or another image, as the bytes of a file."""
+
+    def save(file_format: str = "JPEG", image: Image.Image = photo, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, file_format, **options)
+        return buffer.getvalue()
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    """The service as a real process with the embedded model, on ports of its own."""
+    from scripts.package_mar import package
+
+    store = tmp_path_factory.mktemp("model_store")
+    package(
+        ROOT / "weights/en", store / "caption.mar", name="caption", model_config=ROOT / "deploy/torchserve/model-config.yaml"
+    )
+    with TorchServe(free_settings() | {"model_store": str(store)}) as running:
+        running.wait_until_ready()
+        yield running
