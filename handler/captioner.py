@@ -101,14 +101,25 @@ class Captioner:
         began = time.perf_counter()
         features = self.encode(torch.stack([image.pixels for image in images]))
         encoded = time.perf_counter()
-        languages = [self._languages[p.language or self.config.languages[0].code] for p in parameters]
-        searches = [self._search(p, language) for p, language in zip(parameters, languages, strict=True)]
-        found = beam_search(self.decoder, features, searches, end_token=self.vocabulary.end_index, forbidden=self._forbidden)
+        found = self.search(features, parameters)
         encode_ms, search_ms = (encoded - began) * 1e3, _milliseconds_since(encoded)
         return [
-            CaptionedImage(self._captions(hypotheses, p, language), image, language.code, encode_ms, search_ms)
-            for hypotheses, p, language, image in zip(found, parameters, languages, images, strict=True)
+            CaptionedImage(captions, image, self._language(p).code, encode_ms, search_ms)
+            for captions, p, image in zip(found, parameters, images, strict=True)
         ]
+
+    def search(self, features: Tensor, parameters: Sequence[Parameters]) -> list[tuple[Caption, ...]]:
+        """The captions of encoded images (B, 2048), best first."""
+        languages = [self._language(p) for p in parameters]
+        searches = [self._search(p, language) for p, language in zip(parameters, languages, strict=True)]
+        found = beam_search(self.decoder, features, searches, end_token=self.vocabulary.end_index, forbidden=self._forbidden)
+        return [
+            self._captions(hypotheses, p, language)
+            for hypotheses, p, language in zip(found, parameters, languages, strict=True)
+        ]
+
+    def _language(self, parameters: Parameters) -> LanguageConfig:
+        return self._languages[parameters.language or self.config.languages[0].code]
 
     def _search(self, parameters: Parameters, language: LanguageConfig) -> Search:
         defaults = self.config.search
