@@ -6,6 +6,7 @@ TorchServe takes the one class of this module, calls `initialize` once in each w
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
 from http import HTTPStatus
@@ -42,7 +43,7 @@ class CaptionHandler:
         gpu = context.system_properties.get("gpu_id")
         device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
         checkpoint = load_checkpoint(directory / "checkpoint")
-        self.captioner = Captioner(checkpoint, device=device, limits=self.serving.limits)
+        self.captioner = Captioner(checkpoint, device=device, limits=self.serving.limits, decoding=self.serving.decoding)
         self.parser = RequestParser(checkpoint.config, self.serving)
         version = context.manifest["model"]["modelVersion"]
         self.model = ModelInfo(context.model_name, str(version), checkpoint.digest)
@@ -80,10 +81,7 @@ class CaptionHandler:
 
     def _caption(self, requests: list[CaptionRequest], context: Any) -> list[list[Result]]:
         """Caption the images of all requests together: a result for each image of each request."""
-        prepared = [
-            [image if isinstance(image, CaptionError) else self._prepare(image) for image in request.images]
-            for request in requests
-        ]
+        prepared = [self._prepare(request) for request in requests]
         good = [
             (image, request.parameters)
             for request, images in zip(requests, prepared, strict=True)
@@ -102,8 +100,17 @@ class CaptionHandler:
         remaining = iter(captioned)
         return [[i if isinstance(i, CaptionError) else next(remaining) for i in images] for images in prepared]
 
-    def _prepare(self, image: bytes) -> PreparedImage | CaptionError:
-        return _guarded(lambda: self.captioner.prepare(image))
+    def _prepare(self, request: CaptionRequest) -> list[PreparedImage | CaptionError]:
+        """Decode the images of a request in a time that does not depend on their number: a batch that takes longer than
+        `responseTimeout` costs TorchServe the worker."""
+        deadline = time.monotonic() + self.serving.decoding.seconds
+
+        def prepare(image: bytes | CaptionError) -> PreparedImage | CaptionError:
+            if isinstance(image, CaptionError):
+                return image
+            return _guarded(lambda: self.captioner.prepare(image, deadline - time.monotonic()))
+
+        return [prepare(image) for image in request.images]
 
 
 def _guarded(read: Callable[[], T]) -> T | CaptionError:

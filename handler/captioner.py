@@ -12,8 +12,9 @@ from torch import Tensor
 
 from handler.beam_search import Hypothesis, Search, beam_search
 from handler.checkpoint import Checkpoint
-from handler.config import ImageLimits, LanguageConfig
-from handler.image import decode, normalize, pixels, smallest_useful_side
+from handler.config import DecodingConfig, ImageLimits, LanguageConfig
+from handler.image import normalize
+from handler.isolation import ImageReader
 from handler.parameters import Parameters, parse_parameters
 
 ENCODER_BATCH = 16
@@ -59,11 +60,18 @@ class CaptionedImage:
 class Captioner:
     """A loaded model, ready to caption."""
 
-    def __init__(self, checkpoint: Checkpoint, *, device: str = "cpu", limits: ImageLimits | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        device: str = "cpu",
+        limits: ImageLimits | None = None,
+        decoding: DecodingConfig | None = None,
+    ) -> None:
         self.config = checkpoint.config
         self.vocabulary = checkpoint.vocabulary
         self.digest = checkpoint.digest
-        self.limits = limits or ImageLimits()
+        self.reader = ImageReader(limits or ImageLimits(), self.config.preprocessing, decoding or DecodingConfig())
         self.device = torch.device(device)
         self.encoder = checkpoint.encoder.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.decoder = checkpoint.decoder.to(self.device)
@@ -73,17 +81,18 @@ class Captioner:
             self._forbidden.append(self.vocabulary.unknown_index)
 
     def warm_up(self) -> None:
-        """Caption a grey image, so that the first client does not wait for what torch sets up on first use."""
+        """Caption a grey image, so that the first client does not wait for what is set up on first use."""
+        self.reader.start()
         size = self.config.preprocessing.size
         grey = PreparedImage(torch.full((3, size, size), 128, dtype=torch.uint8), size, size, "PNG", 0.0)
         self.caption([grey], [parse_parameters({}, self.config)])
 
-    def prepare(self, data: bytes) -> PreparedImage:
-        """Decode an image file and bring it to the model's size. Raises a RequestError."""
+    def prepare(self, data: bytes, seconds: float | None = None) -> PreparedImage:
+        """Decode an image file, in `seconds` at most, and bring it to the model's size. Raises a RequestError."""
         began = time.perf_counter()
-        photo = decode(data, self.limits, smallest_side=smallest_useful_side(self.config.preprocessing))
-        prepared = pixels(photo.image, self.config.preprocessing)
-        return PreparedImage(prepared, photo.width, photo.height, photo.format, _milliseconds_since(began))
+        image = self.reader.read(data, seconds)
+        pixels = torch.from_numpy(image.pixels).permute(2, 0, 1)
+        return PreparedImage(pixels, image.width, image.height, image.format, _milliseconds_since(began))
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:

@@ -100,9 +100,19 @@ class ImageLimits(Config):
     max_side: int = Field(default=16_000, ge=1)
 
 
+class DecodingConfig(Config):
+    """What decoding an image may cost; see handler/isolation.py."""
+
+    seconds: float = Field(default=6.0, gt=0)
+    """For all images of one request together. Times the batch size it must stay below `responseTimeout`."""
+    memory_mib: int = Field(default=1024, ge=256)
+    """50 megapixels need up to 800 MiB, as WebP."""
+
+
 class ServingConfig(Config):
     """Settings of a deployment, not of a model: the key `caption` of the archive's model-config.yaml."""
 
     limits: ImageLimits = ImageLimits()
+    decoding: DecodingConfig = DecodingConfig()
     max_instances: int = Field(default=32, ge=1)
     """Images in one JSON request."""

@@ -20,7 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS_TEXT = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 MAX_SCANS = 100
 """Of a JPEG. Progressive encoders write some ten; each one more is a pass over all pixels that costs a sender 60 bytes."""
-REDUCTIONS = (8, 4, 2)
+REDUCTIONS = (16, 8, 4, 2)
 """The scales at which JPEG can be decoded, and to which other formats are reduced alike."""
 _BAND_PIXELS = 1_000_000
 
@@ -77,7 +77,7 @@ def decode(
 ) -> Photo:
     """Decode the first frame of an image file: orientation applied, alpha on white, more than 8 bits scaled.
 
-    smallest_side: allow 1/2, 1/4 or 1/8 of the scale as long as no side falls below this many pixels.
+    smallest_side: allow 1/2 to 1/16 of the scale as long as no side falls below this many pixels.
     affordable_pixels: raise Costly, before pixels are decoded, for an image that the limits allow and that has more.
 
     Raises InvalidImage, UnsupportedFormat or ImageTooLarge.
@@ -131,15 +131,24 @@ def smallest_useful_side(config: PreprocessingConfig) -> int | None:
     return None if config.interpolation == "nearest" else 2 * config.size
 
 
-def is_jpeg(data: bytes) -> bool:
+def is_simple(data: bytes) -> bool:
+    """Is it, by its first bytes, of a format whose decoder takes a time that its size foretells?"""
+    return _is_jpeg(data) or _is_webp(data) or data[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def _is_jpeg(data: bytes) -> bool:
     return data[:3] == b"\xff\xd8\xff"
+
+
+def _is_webp(data: bytes) -> bool:
+    return data[:4] == b"RIFF" and data[8:12] == b"WEBP"
 
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     """Open by header alone; no pixel is decoded."""
     _refuse_large_webp(data, limits)
     # Compressed data never holds this marker: a 0xff in it is followed by 0x00.
-    if is_jpeg(data) and data.count(b"\xff\xda") > MAX_SCANS:
+    if _is_jpeg(data) and data.count(b"\xff\xda") > MAX_SCANS:
         raise ImageTooLarge(f"the JPEG has more than {MAX_SCANS} scans: save it anew with usual settings")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -166,7 +175,7 @@ def _refuse_large_webp(data: bytes, limits: ImageLimits) -> None:
 
     Layout: RFC 9649, sections 2.5 to 2.7.
     """
-    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+    if not _is_webp(data) or len(data) < 30:
         return
     chunk = data[12:16]
     if chunk == b"VP8X":

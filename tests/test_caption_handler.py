@@ -118,10 +118,10 @@ def test_a_fault_of_ours_is_a_500_for_that_request_alone(
     prepare = handler.captioner.prepare
     image = encoded()
 
-    def fail(data: bytes) -> Any:
+    def fail(data: bytes, seconds: float) -> Any:
         if data == b"poison":
             raise RuntimeError("a bug")
-        return prepare(data)
+        return prepare(data, seconds)
 
     monkeypatch.setattr(handler.captioner, "prepare", fail)
     answers = send(({"body": bytearray(b"poison")}, {}), ({"body": bytearray(image)}, {}))
