@@ -14,6 +14,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Tokenization = Literal["word", "character"]
+WRITTEN_WITHOUT_SPACES = ("ja", "km", "lo", "my", "th", "zh")
+"""Languages without spaces between words, by their BCP 47 codes."""
 
 
 class Config(BaseModel):
@@ -62,7 +64,8 @@ class LanguageConfig(Config):
     @property
     def separator(self) -> str:
         """What stands between two tokens of a caption."""
-        return " " if self.tokenization == "word" else ""
+        spaced = self.tokenization == "word" and self.code.partition("-")[0] not in WRITTEN_WITHOUT_SPACES
+        return " " if spaced else ""
 
 
 class SearchConfig(Config):

@@ -23,6 +23,8 @@ MAX_SCANS = 100
 REDUCTIONS = (16, 8, 4, 2)
 """The scales at which JPEG can be decoded, and to which other formats are reduced alike."""
 _BAND_PIXELS = 1_000_000
+LONGEST_CROPPED = 32
+"""How many times longer than wide a photo is resized as a whole before it is cropped."""
 
 # `ImageLimits` is checked after the header and before the pixels. Pillow's own limit warns where ours should answer.
 Image.MAX_IMAGE_PIXELS = None
@@ -116,6 +118,11 @@ def fitted(photo: Image.Image, config: PreprocessingConfig) -> Image.Image:
     size, resampling = config.size, _RESAMPLING[config.interpolation]
     if config.fit == "stretch":
         return photo.resize((size, size), resampling)
+    # A photo of 16,000 x 1 pixels at full width would take gigabytes; of a longer one only the middle can be in the square.
+    longest = LONGEST_CROPPED * min(photo.size)
+    if max(photo.size) > longest:
+        left, top = (max(0, (side - longest) // 2) for side in photo.size)
+        photo = photo.crop((left, top, left + min(photo.width, longest), top + min(photo.height, longest)))
     # integer division and floor offsets as in chainer-caption
     width, height = photo.size
     wide, high = (size * width // height, size) if width > height else (size, size * height // width)

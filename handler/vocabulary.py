@@ -26,6 +26,8 @@ class Vocabulary(Config):
     end: str = END
     unknown: str = UNKNOWN
     pad: str | None = PAD
+    suppress_start: bool = True
+    """Never generate a start token. chainer-caption's search has no such rule."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -54,8 +56,9 @@ class Vocabulary(Config):
 
     @property
     def never_generated(self) -> list[int]:
-        """Numbers of the tokens that have no place in a caption: padding and every start token."""
-        return [self.index[token] for token in (self.pad, *self.start) if token is not None]
+        """Numbers of the tokens that have no place in a caption: padding and, as a rule, every start token."""
+        start = self.start if self.suppress_start else ()
+        return [self.index[token] for token in (self.pad, *start) if token is not None]
 
     def encode(self, tokens: Iterable[str]) -> list[int]:
         """Tokens to numbers; what is not in the vocabulary becomes the unknown token."""

@@ -209,6 +209,20 @@ def test_crop_scales_the_shorter_side_with_integer_division(
     assert sizes == [expected]
 
 
+@pytest.mark.parametrize("size", [(16_000, 1), (1, 16_000), (16_000, 20)])
+def test_crop_of_a_very_long_photo_never_makes_it_whole(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """16,000 x 1 pixels at full width would be 3,584,000 x 224, which is 3 GB."""
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, to, *rest: sizes.append(to) or resize(image, to, *rest))
+    photo = Image.new("RGB", size, "white")
+    photo.paste("black", (size[0] // 2 - 40, 0, size[0] // 2 + 40, size[1]) if size[0] > 1 else (0, 7960, 1, 8040))
+    cropped = pixels(photo, PreprocessingConfig(size=224, fit="crop", interpolation="nearest"))
+    assert max(sizes[0]) <= 224 * 32
+    assert cropped.shape == (3, 224, 224)
+    assert cropped[:, 112, 112].max() == 0  # it is the middle
+
+
 def test_normalize_is_scale_mean_std_in_channel_order() -> None:
     image = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1)
     config = PreprocessingConfig(channel_order="BGR", scale=2, mean=(1, 2, 3), std=(1, 2, 4))

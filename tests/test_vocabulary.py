@@ -48,3 +48,8 @@ def test_a_broken_vocabulary_is_refused(tokens: tuple[str, ...]) -> None:
 def test_start_tokens_of_every_language_and_padding_are_never_generated() -> None:
     vocabulary = Vocabulary.build([["a"]], min_count=1, start=("<en>", "<ja>"))
     assert vocabulary.decode(vocabulary.never_generated) == [PAD, "<en>", "<ja>"]
+
+
+def test_start_tokens_can_be_left_to_the_search_as_in_chainer_caption() -> None:
+    vocabulary = Vocabulary(tokens=("<sos>", "<eos>", "<ukn>"), unknown="<ukn>", pad=None, suppress_start=False)
+    assert vocabulary.never_generated == []
