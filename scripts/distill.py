@@ -30,7 +30,7 @@ from handler.checkpoint import write_atomically, write_safetensors
 from handler.config import EncoderConfig, PreprocessingConfig
 from handler.encoder import FEATURE_SIZE, Encoder
 from handler.image import normalize
-from scripts.datasets import Example, load_flickr
+from scripts.datasets import Example, add_dataset_arguments, dataset_from
 from scripts.teachers import CLASSES, FEATURES, MobileNetV2Teacher
 
 STOP_WORDS = frozenset(
@@ -115,10 +115,10 @@ class Distillation:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
             torch.backends.cudnn.benchmark = True
-        splits = {name: load_flickr(arguments.images, arguments.captions, path) for name, path in arguments.split}
-        self.held_out = len(splits["dev"])
-        examples = [e for name, part in splits.items() if name != "dev" for e in part] + splits["dev"]
-        self.train = len(examples) - self.held_out
+        examples = dataset_from(arguments)
+        held_out = [e for e in examples if e.split == "dev"]
+        examples = [e for e in examples if e.split not in ("dev", "test")] + held_out
+        self.held_out, self.train = len(held_out), len(examples) - len(held_out)
         self.words, self.targets = concept_words(examples)
         self.photos = cache_photos(examples, arguments.photo_size, self.run / f"photos-{arguments.photo_size}.npy")
         self.teachers = [_on(self.device, MobileNetV2Teacher(path)) for path in arguments.teacher]
@@ -258,26 +258,12 @@ def _on(device: str, module: ModuleT) -> ModuleT:
     return module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _named_path(text: str) -> tuple[str, Path]:
-    name, _, path = text.partition("=")
-    return name, Path(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("run", type=Path, help="run directory; made, or continued")
-    parser.add_argument("--images", type=Path, required=True, help="folder of photos")
-    parser.add_argument("--captions", type=Path, required=True, help="Flickr token file: name.jpg#k<TAB>caption")
-    parser.add_argument(
-        "--split",
-        type=_named_path,
-        action="append",
-        required=True,
-        metavar="NAME=FILE",
-        help="lists of photos; `dev` is only looked at",
-    )
+    add_dataset_arguments(parser)
     parser.add_argument("--teacher", type=Path, action="append", required=True, help="MobileNetV2 weights; may be given twice")
     parser.add_argument("--init", type=Path, help="encoder weights to begin with")
     parser.add_argument("--minutes", type=float, default=90, help="training time in all; the learning rate ends with it")

@@ -10,17 +10,20 @@ import argparse
 import io
 import sys
 import time
+from pathlib import Path
 
 import requests
 from PIL import Image
 
+from scripts.authorization import bearer
+
 POLL_SECONDS = 0.25
 
 
-def not_ready(management: str, model: str, *, timeout: float = 5.0) -> str | None:
+def not_ready(management: str, model: str, *, timeout: float = 5.0, key_file: Path | None = None) -> str | None:
     """Why `model` is not ready to answer, or None when it is. Any version counts that has workers."""
     try:
-        response = requests.get(f"{management}/models/{model}", timeout=timeout)
+        response = requests.get(f"{management}/models/{model}", headers=bearer("management", key_file), timeout=timeout)
     except requests.RequestException as error:
         return f"the management API does not answer ({type(error).__name__})"
     if response.status_code != 200:
@@ -38,7 +41,9 @@ def no_caption(inference: str, model: str, *, timeout: float = 10.0) -> str | No
     image = io.BytesIO()
     Image.new("RGB", (32, 32), "grey").save(image, "PNG")
     try:
-        response = requests.post(f"{inference}/predictions/{model}", data=image.getvalue(), timeout=timeout)
+        response = requests.post(
+            f"{inference}/predictions/{model}", data=image.getvalue(), headers=bearer("inference"), timeout=timeout
+        )
     except requests.RequestException as error:
         return f"the inference API does not answer ({type(error).__name__})"
     return None if response.status_code == 200 else f"a canary image is answered with status {response.status_code}"

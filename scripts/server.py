@@ -7,6 +7,7 @@ process group and in one temporary directory, so that neither a process nor a fi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -21,10 +22,15 @@ from types import FrameType
 
 import psutil
 
+from scripts.authorization import KEY_FILE
 from scripts.probe import POLL_SECONDS, not_ready
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_SECONDS = 20
+DRAIN_SECONDS = 6.0
+"""How long requests in flight may take to finish when the service is told to stop. With the end of the processes it is
+less than the ten seconds after which Docker kills."""
+QUIET_SECONDS = 0.75
 CONFIG = ROOT / "config.properties"
 ADDRESSES = {"inference": "inference_address", "management": "management_address", "metrics": "metrics_address"}
 GRPC_PORTS = {"gRPC inference": 7070, "gRPC management": 7071}
@@ -59,6 +65,11 @@ class TorchServe:
         return self._setting(ADDRESSES[name])
 
     @property
+    def key_file(self) -> Path | None:
+        """Where TorchServe writes its keys when token authorization is on."""
+        return None if self._folder is None else self._folder / "key_file.json"
+
+    @property
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
@@ -71,18 +82,24 @@ class TorchServe:
         # alone, so that several servers live side by side and nothing is left when one ends.
         environment |= {"TMPDIR": str(self._folder), "TEMP": str(self._folder), "LOG_LOCATION": str(self._folder)}
         environment.pop("PYTHONPATH", None)  # it would win over the code in the .mar
+        # It writes its keys to where it is started, which must be private and writable, so paths are given in full.
+        environment |= {f"TS_{key.upper()}": str(ROOT / self._setting(key)) for key in ("model_store", "metrics_config")}
         command = [
             *(sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots"),
-            *("--ts-config", str(self.config)),
+            *("--ts-config", str(self.config), "--model-store", environment["TS_MODEL_STORE"]),
             *("--log-config", str(ROOT / "deploy/torchserve/log4j2.xml")),
         ]
         # A group of its own: Ctrl-C in the terminal reaches this process only, which then stops TorchServe in order.
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+        self._process = subprocess.Popen(command, cwd=self._folder, env=environment, start_new_session=True)
+        if os.environ.get(KEY_FILE):
+            link = Path(os.environ[KEY_FILE])
+            link.unlink(missing_ok=True)
+            link.symlink_to(self._folder / "key_file.json")
 
     def wait_until_ready(self, timeout: float = 180.0) -> None:
         """Return when every worker is READY. Raises ServerError when the time is over or TorchServe has ended."""
         deadline = time.monotonic() + timeout
-        while (reason := not_ready(self.address("management"), self.model)) is not None:
+        while (reason := not_ready(self.address("management"), self.model, key_file=self.key_file)) is not None:
             self.check_alive()
             if time.monotonic() > deadline:
                 raise ServerError(f"not ready after {timeout:.0f} seconds: {reason}")
@@ -93,6 +110,27 @@ class TorchServe:
         status = None if self._process is None else self._process.poll()
         if status is not None:
             raise ServerError(f"TorchServe has ended with status {status}; the reason stands above")
+
+    def drain(self, seconds: float = DRAIN_SECONDS) -> None:
+        """Wait until the requests in flight are answered, `seconds` at most.
+
+        TorchServe itself drops them when it ends, and cannot be told to take no new ones: that is for whoever sends them,
+        a load balancer say, which takes the service out of its list first. None is in flight when no client is connected,
+        or when for a while no worker did anything for those that are.
+        """
+        if self._process is None or self._process.poll() is not None:
+            return
+        frontend = psutil.Process(self._process.pid)
+        port = int(self.address("inference").rpartition(":")[2].strip("/"))
+        deadline = time.monotonic() + seconds
+        busy, used = time.monotonic(), _cpu_seconds(frontend)
+        while time.monotonic() < deadline and _is_connected(frontend, port):
+            time.sleep(0.05)
+            before, used = used, _cpu_seconds(frontend)
+            if used != before:
+                busy = time.monotonic()
+            elif time.monotonic() - busy > QUIET_SECONDS:
+                break
 
     def stop(self) -> None:
         """End TorchServe and its workers: politely, then after a while by force. Safe to call twice."""
@@ -155,6 +193,24 @@ def free_settings() -> dict[str, str]:
     }
 
 
+def _is_connected(frontend: psutil.Process, port: int) -> bool:
+    try:
+        connections = frontend.net_connections("tcp")
+    except psutil.Error:
+        return False
+    return any(c.status == psutil.CONN_ESTABLISHED and c.laddr.port == port for c in connections)
+
+
+def _cpu_seconds(frontend: psutil.Process) -> float:
+    """What the workers, and the processes that they started, have used. An idle worker uses nothing at all."""
+    total = 0.0
+    for process in frontend.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
 def _group(leader: int) -> list[psutil.Process]:
     """The processes of a session, workers that lost their parent included."""
     members = []
@@ -210,7 +266,8 @@ def main() -> None:
             server.check_alive()
             time.sleep(1)
     except _Stopped:
-        print("stopping", flush=True)
+        print("stopping when the requests in flight are answered", flush=True)
+        server.drain(float(os.environ.get("CAPTION_DRAIN_SECONDS", DRAIN_SECONDS)))
     except ServerError as error:
         sys.exit(f"error: {error}")
     finally:

@@ -1,0 +1,393 @@
+"""The training of a captioner: cross-entropy on captions, then self-critical sequence training on CIDEr.
+
+Nothing here depends on what was computed before a step but the state that is saved: each step's chance is seeded by its
+number. A run that was killed therefore goes on to the very numbers that it would have reached.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+from handler.beam_search import Search, beam_search
+from handler.checkpoint import save_checkpoint, write_atomically
+from handler.config import Config, LanguageConfig, ModelConfig, SearchConfig
+from handler.decoder import Decoder
+from handler.encoder import Encoder
+from handler.vocabulary import Vocabulary, tokenize
+from scripts.datasets import Example
+from scripts.features import FeatureCache, Photos, encode
+from scripts.metrics import CiderReward, plain_tokens, scores
+
+Stage = Literal["captions", "cider"]
+STAGES: tuple[Stage, ...] = ("captions", "cider")
+LENGTH_PENALTIES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+DEV_BATCH = 100
+
+
+class TrainConfig(Config):
+    """How a model is trained. Saved in the run directory."""
+
+    seed: int = 0
+    epochs: int = Field(default=20, ge=1, description="of cross-entropy at most")
+    batch: int = Field(default=128, ge=1, description="captions in a step of cross-entropy")
+    learning_rate: float = Field(default=2e-3, gt=0, description="of the decoder, at its height")
+    encoder_learning_rate: float = Field(default=0.0, ge=0, description="above 0 the encoder is trained too, end to end")
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warm_up: float = Field(default=0.05, ge=0, lt=1, description="share of a stage's steps; then half a cosine down to 0")
+    gradient_clip: float = Field(default=1.0, gt=0, description="norm of the gradient at most")
+    average: float = Field(default=0.998, ge=0, lt=1, description="decay of the averaged weights, which are what is kept")
+    views: int = Field(default=2, ge=1, description="1: the photos; 2: and mirrored; more: and random crops")
+    patience: int = Field(default=4, ge=1, description="epochs without a better CIDEr on dev before a stage ends")
+    cider_epochs: int = Field(default=0, ge=0, description="of self-critical training at most, after cross-entropy")
+    cider_batch: int = Field(default=64, ge=1, description="photos in a step of self-critical training")
+    cider_learning_rate: float = Field(default=1e-4, gt=0)
+    cider_samples: int = Field(default=5, ge=2, description="captions drawn for each photo")
+    beam_size: int = Field(default=3, ge=1, le=10, description="of the search on dev")
+    precision: Literal["fp32", "bf16"] = Field(default="bf16", description="of the decoder; the encoder always takes bf16")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The photos of a split with what is needed to train on them or to judge on them."""
+
+    examples: Sequence[Example]
+    views: Sequence[FeatureCache]
+    """Features of each view of the photos; view 0 is the photos as they are served."""
+
+
+class Net(nn.Module):
+    """What is trained: the decoder, and the encoder unless it is left as it is."""
+
+    def __init__(self, decoder: Decoder, encoder: Encoder | None) -> None:
+        super().__init__()
+        self.decoder, self.encoder = decoder, encoder
+
+
+class Trainer:
+    """Trains `decoder`, and `encoder` if it has a learning rate, and keeps all that happens in `run`."""
+
+    def __init__(
+        self,
+        run: Path,
+        config: TrainConfig,
+        model: ModelConfig,
+        vocabulary: Vocabulary,
+        *,
+        train: Split,
+        dev: Split,
+        encoder: Encoder,
+        encoder_path: Path,
+        workers: int = 2,
+    ) -> None:
+        """encoder_path: its weight file, which the checkpoint refers to unless the encoder is trained."""
+        self.run, self.config, self.model, self.vocabulary = run, config, model, vocabulary
+        self.train_split, self.dev_split, self.encoder_path = train, dev, encoder_path
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.language: LanguageConfig = model.languages[0]
+        self.start = vocabulary.index[self.language.start_token]
+        self.forbidden = [*vocabulary.never_generated, vocabulary.unknown_index]
+        self.fine_tuned = config.encoder_learning_rate > 0
+        self.pool = ThreadPoolExecutor(workers)
+
+        self.tokens = [[tokenize(text, self.language.tokenization) for text in e.captions] for e in train.examples]
+        self.captions = [(photo, vocabulary.encode(t)) for photo, texts in enumerate(self.tokens) for t in texts]
+        sample = train.views[0][torch.arange(0, len(train.examples), max(1, len(train.examples) // 5000))]
+        self.mean, self.std = sample.mean(0).to(self.device), (sample.std(0) + 0.1 * sample.std()).to(self.device)
+
+        torch.manual_seed(config.seed)
+        self.net = Net(Decoder(model.decoder), encoder if self.fine_tuned else None).to(self.device)
+        self.average = AveragedModel(self.net, avg_fn=self._averaged)
+        self.averaged = cast(Net, self.average.module)
+        self.log: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"CIDEr": -1.0}
+        self.stage_index, self.epoch, self.step, self.total = 0, 0, 0, 0.0
+        self._begin_stage()
+        if (run / "state.pt").exists():
+            self._resume()
+
+    # --- the loop
+
+    def run_to_end(self, *, save_every_seconds: float = 300) -> None:
+        """Train through both stages; what was reached before counts. The best weights are in `run/best` at the end."""
+        while self.stage_index < len(STAGES):
+            stage = STAGES[self.stage_index]
+            while self.epoch < self._epochs(stage) and self._patient(stage):
+                self._train_epoch(stage, save_every_seconds)
+            self.stage_index, self.epoch = self.stage_index + 1, 0
+            if self.stage_index < len(STAGES):
+                self._begin_stage()
+            self._save()
+
+    def _train_epoch(self, stage: Stage, save_every_seconds: float) -> None:
+        batches = self._batches(stage)
+        saved = began = time.monotonic()
+        self.net.train()
+        if self.net.encoder is not None:
+            self.net.encoder.eval()  # the statistics of batch normalisation stay those of the distillation
+        with tqdm(total=len(batches), initial=self.step, desc=f"{stage} {self.epoch + 1}", unit="step") as bar:
+            for step in range(self.step, len(batches)):
+                torch.manual_seed(hash((self.config.seed, self.stage_index, self.epoch, step)) % 2**63)
+                self._set_learning_rate(stage, (self.epoch + step / len(batches)) / self._epochs(stage))
+                loss = self._cross_entropy(batches[step]) if stage == "captions" else self._self_critical(batches[step])
+                self.optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(self.net.parameters(), self.config.gradient_clip)
+                self.optimizer.step()
+                self.average.update_parameters(self.net)
+                self.step, self.total = step + 1, self.total + loss.item()
+                bar.update()
+                if time.monotonic() - saved > save_every_seconds:
+                    self._save()
+                    saved = time.monotonic()
+        row = {"stage": stage, "epoch": self.epoch + 1, "loss": self.total / len(batches), **self._judge()}
+        row["seconds"] = round(time.monotonic() - began, 1)
+        tqdm.write(json.dumps({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}))
+        self.log.append(row)
+        if row["CIDEr"] > self.best["CIDEr"]:
+            self.best = {**row, "weights": {k: v.clone() for k, v in self.averaged.state_dict().items()}}
+        self.epoch, self.step, self.total = self.epoch + 1, 0, 0.0
+        self._save()
+
+    def _averaged(self, average: Tensor, new: Tensor, steps: Tensor | int) -> Tensor:
+        """An exponential moving average that forgets faster in the beginning."""
+        return average.lerp(new, 1 - min(self.config.average, (1 + int(steps)) / (10 + int(steps))))
+
+    def _epochs(self, stage: Stage) -> int:
+        return self.config.epochs if stage == "captions" else self.config.cider_epochs
+
+    def _patient(self, stage: Stage) -> bool:
+        """Has one of the stage's last epochs been its best?"""
+        reached = [row["CIDEr"] for row in self.log if row["stage"] == stage]
+        return len(reached) - 1 - max(range(len(reached)), key=reached.__getitem__, default=0) < self.config.patience
+
+    def _begin_stage(self) -> None:
+        """Every stage starts from the best weights so far, with a new optimizer."""
+        if "weights" in self.best:
+            self.net.load_state_dict(self.best["weights"])
+            self.averaged.load_state_dict(self.best["weights"])
+        self.average.n_averaged.zero_()
+        critical = STAGES[self.stage_index] == "cider"
+        rate = self.config.cider_learning_rate if critical else self.config.learning_rate
+        encoder_rate = self.config.encoder_learning_rate * (rate / self.config.learning_rate)
+        groups = []
+        for module, base in ((self.net.decoder, rate), (self.net.encoder, encoder_rate)):
+            if module is not None:
+                parameters = list(module.parameters())
+                for chosen, decay in (
+                    ([p for p in parameters if p.ndim > 1], self.config.weight_decay),
+                    ([p for p in parameters if p.ndim <= 1], 0.0),
+                ):
+                    groups.append({"params": chosen, "base": base, "weight_decay": decay})
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))
+        if critical and self.config.cider_epochs:
+            # The end counts as a word, or captions learn to stop in the middle: "a man in a".
+            end = self.vocabulary.end
+            self.reward = CiderReward([[[*tokens, end] for tokens in texts] for texts in self.tokens])
+
+    def _set_learning_rate(self, stage: Stage, progress: float) -> None:
+        """progress: 0 at the first step of the stage, 1 after its last."""
+        warm = self.config.warm_up
+        share = progress / warm if progress < warm else 0.5 * (1 + math.cos(math.pi * (progress - warm) / (1 - warm)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base"] * max(share, 1e-3)
+
+    # --- batches
+
+    def _batches(self, stage: Stage) -> list[Tensor]:
+        """Numbers of captions (cross-entropy) or of photos (self-critical) for each step of this epoch."""
+        chance = torch.Generator().manual_seed(self.config.seed * 1000 + self.epoch)
+        if stage == "cider":
+            return list(torch.randperm(len(self.tokens), generator=chance).split(self.config.cider_batch))
+        if self.fine_tuned:  # all captions of a photo together, so that it passes the encoder once
+            photos = torch.tensor([photo for photo, _ in self.captions])
+            key = torch.randperm(len(self.tokens), generator=chance)[photos].double()
+        else:  # captions of one length together
+            key = torch.tensor([float(len(tokens)) for _, tokens in self.captions], dtype=torch.double)
+        key += torch.rand(len(key), generator=chance, dtype=torch.double)
+        batches = key.argsort().split(self.config.batch)
+        return [batches[n] for n in torch.randperm(len(batches), generator=chance)]
+
+    def _features(self, photos: Tensor) -> Tensor:
+        """Rows of the training split (B,) to standardised features (B, 2048) of a random view of each."""
+        unique, place = photos.unique(return_inverse=True)
+        view = torch.randint(self.config.views, (len(unique),))
+        if self.net.encoder is not None:
+            size = self.model.preprocessing
+            load = [Photos([self.train_split.examples[p].path], size, int(v)) for p, v in zip(unique, view, strict=True)]
+            images = torch.stack(list(self.pool.map(lambda one: one[0], load))).to(self.device)
+            features = encode(self.net.encoder, images, size)
+        else:
+            features = torch.empty(len(unique), self.model.decoder.feature_size)
+            for number in view.unique().tolist():
+                features[view == number] = self.train_split.views[number][unique[view == number]]
+        return ((features.to(self.device) - self.mean) / self.std)[place.to(self.device)]
+
+    # --- the two losses
+
+    def _cross_entropy(self, batch: Tensor) -> Tensor:
+        rows = [self.captions[number] for number in batch.tolist()]
+        end = self.vocabulary.end_index
+        length = max(len(tokens) for _, tokens in rows) + 1
+        targets = torch.tensor([[*tokens, end, *[-100] * (length - 1 - len(tokens))] for _, tokens in rows])  # (B, T)
+        inputs = torch.cat([torch.full((len(rows), 1), self.start), targets[:, :-1].clamp(min=0)], 1)
+        features = self._features(torch.tensor([photo for photo, _ in rows]))
+        with self._autocast():
+            logits = self.net.decoder(features, inputs.to(self.device))
+        targets = targets.to(self.device).flatten()
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets, label_smoothing=self.config.label_smoothing)
+
+    def _self_critical(self, photos: Tensor) -> Tensor:
+        """Rennie et al. 2017, "Self-critical Sequence Training for Image Captioning".
+
+        The baseline of a sampled caption is the mean reward of the photo's other samples (Luo 2020, "A Better Variant of
+        Self-Critical Sequence Training").
+        """
+        count = self.config.cider_samples
+        features = self._features(photos).repeat_interleave(count, 0)  # (B * count, 2048)
+        decoder = self.net.decoder.eval()  # samples and their probabilities come from one and the same network
+        sampled = self._sample(decoder, features.detach())  # (B * count, T)
+        rewards = torch.tensor(
+            [
+                self.reward(photo, self._words(tokens))
+                for photo, tokens in zip(photos.repeat_interleave(count).tolist(), sampled.tolist(), strict=True)
+            ]
+        ).view(-1, count)
+        baseline = (rewards.sum(1, keepdim=True) - rewards) / (count - 1)
+        advantage = (rewards - baseline).view(-1, 1).to(self.device)
+        starts = torch.full_like(sampled[:, :1], self.start)
+        with self._autocast():
+            logits = decoder(features, torch.cat([starts, sampled[:, :-1]], 1)).float()
+        logits = logits.index_fill(2, torch.tensor(self.forbidden, device=self.device), -torch.inf)
+        gains = logits.log_softmax(2).gather(2, sampled[:, :, None])[:, :, 0]
+        ends = (sampled == self.vocabulary.end_index).int()
+        live = (ends.cumsum(1) - ends == 0).float()  # tokens up to the first end, that one included
+        return -(advantage * gains * live).sum() / live.sum()
+
+    @torch.no_grad()
+    def _sample(self, decoder: Decoder, features: Tensor) -> Tensor:
+        """Features (R, 2048) to captions drawn at random (R, T); what follows an end token is end tokens."""
+        state, end = decoder.start(features), self.vocabulary.end_index
+        tokens = [torch.full((len(features),), self.start, device=self.device)]
+        ended = torch.zeros_like(tokens[0], dtype=torch.bool)
+        for _ in range(self.model.search.max_length):
+            logits, state = decoder.step(tokens[-1], state)
+            logits[:, self.forbidden] = -torch.inf
+            drawn = torch.multinomial(logits.float().softmax(1), 1)[:, 0]
+            tokens.append(drawn.masked_fill(ended, end))
+            ended = ended | (drawn == end)
+            if ended.all():
+                break
+        return torch.stack(tokens[1:], 1)
+
+    def _words(self, tokens: Sequence[int]) -> list[str]:
+        """A sampled caption's tokens up to the end token, that one included."""
+        end = self.vocabulary.end_index
+        cut = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        return self.vocabulary.decode(cut)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    # --- dev
+
+    def _judge(self, length_penalty: float = 0.0) -> dict[str, float]:
+        """BLEU-4 and CIDEr on dev of the averaged weights, with this package's tokenization (no Java)."""
+        references = plain_tokens([e.captions for e in self.dev_split.examples], self.language)
+        found = scores(references, {n: [" ".join(c)] for n, c in enumerate(self.caption_dev(length_penalty))})
+        return {name: found.metrics[name] for name in ("BLEU-4", "CIDEr")}
+
+    @torch.inference_mode()
+    def caption_dev(self, length_penalty: float = 0.0) -> list[list[str]]:
+        """The best caption, as tokens, for each photo of dev."""
+        decoder = self.averaged.decoder.eval()
+        search = Search(self.start, self.config.beam_size, self.model.search.max_length, length_penalty)
+        captions = []
+        for features in self._dev_features():
+            features = (features.to(self.device) - self.mean) / self.std
+            found = beam_search(
+                decoder, features, [search] * len(features), end_token=self.vocabulary.end_index, forbidden=self.forbidden
+            )
+            for hypotheses in found:
+                tokens = self.vocabulary.decode(hypotheses[0].tokens)
+                captions.append(tokens[:-1] if tokens[-1] == self.vocabulary.end else tokens)
+        return captions
+
+    def _dev_features(self) -> Iterator[Tensor]:
+        rows = torch.arange(len(self.dev_split.examples)).split(DEV_BATCH)
+        if self.averaged.encoder is None:
+            yield from (self.dev_split.views[0][part] for part in rows)
+            return
+        encoder = self.averaged.encoder.eval()
+        photos = Photos([e.path for e in self.dev_split.examples], self.model.preprocessing)
+        for part in rows:
+            images = torch.stack(list(self.pool.map(photos.__getitem__, part.tolist()))).to(self.device)
+            yield encode(encoder, images, self.model.preprocessing)
+
+    # --- what is kept
+
+    def _save(self) -> None:
+        """Everything that going on needs, and the log, which repeats what the state says."""
+        state = {
+            "stage_index": self.stage_index,
+            "epoch": self.epoch,
+            "step": self.step,
+            "total": self.total,
+            "net": self.net.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "log": self.log,
+            "best": self.best,
+        }
+        write_atomically(self.run / "state.pt", lambda part: torch.save(state, part))
+        lines = "".join(json.dumps(row) + "\n" for row in self.log)
+        write_atomically(self.run / "log.jsonl", lambda part: part.write_text(lines))
+
+    def _resume(self) -> None:
+        state: Mapping[str, Any] = torch.load(self.run / "state.pt", map_location=self.device, weights_only=True)
+        self.stage_index, self.epoch, self.step, self.total = (state[k] for k in ("stage_index", "epoch", "step", "total"))
+        self.log, self.best = state["log"], state["best"]
+        if self.stage_index < len(STAGES):
+            self._begin_stage()
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.net.load_state_dict(state["net"])
+        self.average.load_state_dict(state["average"])
+        print(f"continuing after {len(self.log)} epochs" + f" and {self.step} steps" * (self.step > 0))
+
+    def export(self, directory: Path) -> tuple[str, dict[str, float]]:
+        """Write the best weights as a checkpoint, with the length penalty that suits dev. Its digest, and dev's scores."""
+        self.averaged.load_state_dict(self.best["weights"])
+        tried = {penalty: self._judge(penalty) for penalty in LENGTH_PENALTIES}
+        penalty = max(tried, key=lambda p: tried[p]["CIDEr"])
+        decoder = standardized(self.averaged.decoder, self.mean, self.std)
+        model = self.model.model_copy(
+            update={"search": SearchConfig(**{**self.model.search.model_dump(), "length_penalty": penalty})}
+        )
+        encoder = self.averaged.encoder or self.encoder_path
+        digest = save_checkpoint(directory, config=model, vocabulary=self.vocabulary, decoder=decoder, encoder=encoder)
+        return digest, {"length_penalty": penalty, **tried[penalty]}
+
+
+def standardized(decoder: Decoder, mean: Tensor, std: Tensor) -> Decoder:
+    """The decoder for plain features that does what `decoder` does for `(features - mean) / std`."""
+    folded = Decoder(decoder.config)
+    folded.load_state_dict(decoder.state_dict())
+    with torch.no_grad():
+        weight = decoder.embed_image.weight / std
+        folded.embed_image.weight.copy_(weight)
+        folded.embed_image.bias.copy_(decoder.embed_image.bias - weight @ mean)
+    return folded.eval()

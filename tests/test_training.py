@@ -1,0 +1,200 @@
+"""Training learns, goes on after an interruption to the same numbers, and leaves a checkpoint that captions."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from handler.captioner import Captioner
+from handler.checkpoint import load_checkpoint, write_safetensors
+from handler.config import DecoderConfig, ModelConfig, PreprocessingConfig
+from handler.decoder import Decoder
+from handler.encoder import Encoder
+from handler.parameters import parse_parameters
+from handler.vocabulary import Vocabulary
+from scripts.datasets import Example
+from scripts.features import FeatureCache
+from scripts.toy_dataset import make
+from scripts.training import Split, TrainConfig, Trainer, standardized
+
+WORDS = ("red", "green", "blue", "round", "square", "flat")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def a_split(photos: int, seed: int) -> Split:
+    """Photos whose features say which two words their captions have."""
+    chance = np.random.default_rng(seed)
+    colour, shape = chance.integers(0, 3, photos), chance.integers(3, 6, photos)
+    features = chance.normal(0, 0.3, (photos, 2048)).astype(np.float16)
+    features[np.arange(photos), colour] += 4
+    features[np.arange(photos), shape] += 4
+    captions = [
+        (f"a {WORDS[c]} thing that is {WORDS[s]}", f"{WORDS[s]} and {WORDS[c]}") for c, s in zip(colour, shape, strict=True)
+    ]
+    return Split([Example(Path("none"), texts) for texts in captions], [FeatureCache([features])])
+
+
+VOCABULARY = Vocabulary.build([["a", "thing", "that", "is", "and", *WORDS]], min_count=1)
+
+
+@pytest.fixture(scope="module")
+def encoder_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    torch.manual_seed(0)
+    write_safetensors(path, Encoder(ModelConfig(decoder=DecoderConfig(vocabulary_size=3)).encoder).state_dict(), half=True)
+    return path
+
+
+def a_trainer(run: Path, encoder_path: Path, **settings: Any) -> Trainer:
+    run.mkdir(parents=True, exist_ok=True)
+    decoder = DecoderConfig(vocabulary_size=len(VOCABULARY), embedding_size=24, hidden_size=24, dropout=0.1)
+    settings = {"epochs": 8, "cider_epochs": 2, "batch": 16, "cider_batch": 16, "views": 1, "learning_rate": 1e-2} | settings
+    return Trainer(
+        run,
+        TrainConfig(**settings),
+        ModelConfig(decoder=decoder),
+        VOCABULARY,
+        train=a_split(60, 0),
+        dev=a_split(20, 1),
+        encoder=Encoder(ModelConfig(decoder=decoder).encoder),
+        encoder_path=encoder_path,
+    )
+
+
+def without_times(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in log]
+
+
+def test_it_learns_and_exports_what_it_learned(tmp_path: Path, encoder_path: Path) -> None:
+    trainer = a_trainer(tmp_path / "run", encoder_path, cider_epochs=0, epochs=12)
+    trainer.run_to_end()
+    losses = [row["loss"] for row in trainer.log]
+    assert losses[-1] < 0.6 * losses[0]
+    assert trainer.best["CIDEr"] > 1
+    _, reached = trainer.export(tmp_path / "run/best")
+    assert reached["CIDEr"] >= trainer.best["CIDEr"]
+
+    captioner = Captioner(load_checkpoint(tmp_path / "run/best"))
+    dev = trainer.dev_split
+    features = dev.views[0][torch.arange(len(dev.examples))]
+    parameters = parse_parameters({"beam_size": 3, "num_captions": 1}, captioner.config)
+    served = [best.caption for (best, *_) in captioner.search(features, [parameters] * len(features))]
+    expected = [" ".join(tokens) for tokens in trainer.caption_dev(reached["length_penalty"])]
+    assert sum(a == b for a, b in zip(served, expected, strict=True)) >= 19  # fp16 weights may turn a close decision
+
+
+def test_self_critical_training_raises_the_reward(tmp_path: Path, encoder_path: Path) -> None:
+    trainer = a_trainer(tmp_path, encoder_path, epochs=3, cider_epochs=6, cider_learning_rate=5e-3, patience=9)
+    trainer.run_to_end()
+    before = max(row["CIDEr"] for row in trainer.log if row["stage"] == "captions")
+    assert max(row["CIDEr"] for row in trainer.log if row["stage"] == "cider") > before
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 8, 60, 66, 70])
+def test_an_interrupted_run_reaches_the_same_numbers(
+    tmp_path: Path, encoder_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int
+) -> None:
+    whole = a_trainer(tmp_path / "whole", encoder_path)
+    whole.run_to_end()
+
+    steps = 0
+    plain = Trainer._set_learning_rate
+
+    def failing(self: Trainer, *arguments: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == interrupted_at:
+            raise Killed
+        plain(self, *arguments)
+
+    broken = a_trainer(tmp_path / "broken", encoder_path)
+    monkeypatch.setattr(Trainer, "_set_learning_rate", failing)
+    with pytest.raises(Killed):
+        broken.run_to_end(save_every_seconds=0)
+    monkeypatch.setattr(Trainer, "_set_learning_rate", plain)
+    torch.manual_seed(99)
+    resumed = a_trainer(tmp_path / "broken", encoder_path)
+    resumed.run_to_end()
+    assert without_times(resumed.log) == without_times(whole.log)
+    for name, value in whole.best["weights"].items():
+        assert torch.equal(value, resumed.best["weights"][name])
+
+
+def test_standardisation_is_folded_into_the_decoder() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(vocabulary_size=9, feature_size=5, embedding_size=4, hidden_size=4)).eval()
+    features, mean, std = torch.randn(3, 5), torch.randn(5), torch.rand(5) + 0.5
+    tokens = torch.randint(0, 9, (3, 4))
+    torch.testing.assert_close(
+        standardized(decoder, mean, std)(features, tokens), decoder((features - mean) / std, tokens), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_the_encoder_is_trained_with_its_own_rate(tmp_path: Path, encoder_path: Path) -> None:
+    make(tmp_path / "toy", photos=6)
+    paths = sorted((tmp_path / "toy/photos").iterdir())
+    examples = [Example(path, ("a red thing",)) for path in paths]
+    cache = FeatureCache([np.random.default_rng(0).random((6, 2048)).astype(np.float16)])
+    decoder = DecoderConfig(vocabulary_size=len(VOCABULARY), embedding_size=8, hidden_size=8)
+    model = ModelConfig(decoder=decoder, preprocessing=PreprocessingConfig(size=32))
+    encoder = Encoder(model.encoder)
+    before = encoder.conv1.weight.detach().clone()
+    statistics = encoder.bn1.running_mean.clone()
+    config = TrainConfig(epochs=1, batch=3, encoder_learning_rate=1e-3, views=2)
+    split = Split(examples, [cache])
+    trainer = Trainer(tmp_path, config, model, VOCABULARY, train=split, dev=split, encoder=encoder, encoder_path=encoder_path)
+    trainer.run_to_end()
+    assert not torch.equal(before, trainer.net.encoder.conv1.weight.cpu())
+    assert torch.equal(statistics, trainer.net.encoder.bn1.running_mean.cpu())
+    trainer.export(tmp_path / "best")
+    assert load_checkpoint(tmp_path / "best").encoder.conv1.weight.shape == before.shape
+
+
+def train_command(run: Path, toy: Path, encoder: Path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "scripts.train", str(run), "--images", str(toy / "photos")),
+        *("--captions", str(toy / "captions.csv"), "--cache", str(toy / "features"), "--encoder", str(encoder)),
+        *("--size", "64", "--min-count", "1", "--epochs", "30", "--cider-epochs", "2", "--batch", "8", "--patience", "99"),
+        *("--hidden-size", "32", "--embedding-size", "32"),
+    ]
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume_over_the_command_line(tmp_path: Path, encoder_path: Path) -> None:
+    toy = tmp_path / "toy"
+    make(toy, photos=40)
+    subprocess.run(train_command(tmp_path / "whole", toy, encoder_path), check=True, cwd=ROOT)
+    log = tmp_path / "killed/log.jsonl"
+    process = subprocess.Popen(train_command(tmp_path / "killed", toy, encoder_path), cwd=ROOT)
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(log.read_text().splitlines()) < 32
+    subprocess.run(train_command(tmp_path / "killed", toy, encoder_path), check=True, cwd=ROOT)
+
+    def rows(run: str) -> list[dict[str, Any]]:
+        return without_times([json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()])
+
+    assert rows("killed") == rows("whole")
+    for name in ("curves.png", "report.html", "command.json", "vocabulary.json", "best/checkpoint.json"):
+        assert (tmp_path / "killed" / name).stat().st_size > 0
+    changed = subprocess.run(
+        [*train_command(tmp_path / "killed", toy, encoder_path), "--seed", "5"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert changed.returncode != 0
+    assert "seed" in changed.stderr
