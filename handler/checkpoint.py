@@ -175,6 +175,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(part)
+        part.chmod(0o644)  # safetensors writes files that their owner alone can read, and the service may be another user
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)

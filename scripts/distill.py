@@ -2,7 +2,8 @@
 
 Teacher and student see the same random crop, flip and colour change of a photo, and with some probability the same
 mixture of two (Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and consistent"). The student
-learns the teachers' pooled features (standardised), their class probabilities, and the words of the photo's captions.
+learns the teachers' features (standardised), pooled and at each place of the grid, their class probabilities, and the
+words of the photo's captions.
 
 The run directory holds all that a continuation needs: run the same command again and it goes on where it stopped.
 """
@@ -13,6 +14,8 @@ import argparse
 import json
 import math
 import re
+import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -39,6 +42,8 @@ STOP_WORDS = frozenset(
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 WARM_UP_STEPS = 200
 SAVE_EVERY_SECONDS = 300
+LONGEST_STEP_SECONDS = 60.0
+"""A step that seems to take longer was suspended with its machine, which is not training time."""
 
 
 class Student(nn.Module):
@@ -52,8 +57,10 @@ class Student(nn.Module):
         self.words = nn.Linear(FEATURE_SIZE, words)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pooled = self.encoder(images).float()
-        return self.features(pooled), self.classes(pooled), self.words(pooled)
+        """Images to the teachers' features (B, h, w, features), class logits and word logits."""
+        grid = self.encoder.feature_map(images).permute(0, 2, 3, 1)
+        pooled = grid.float().mean((1, 2))
+        return self.features(grid).float(), self.classes(pooled), self.words(pooled)
 
 
 def concept_words(examples: list[Example], *, min_photos: int = 12) -> tuple[list[str], Tensor]:
@@ -108,6 +115,11 @@ def resized(images: Tensor, pixels: int) -> Tensor:
     return F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True, align_corners=False)
 
 
+def feature_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """Distance and direction of standardised features; the last dimension is the features'."""
+    return F.smooth_l1_loss(found, wanted) + (1 - F.cosine_similarity(found, wanted, dim=-1)).mean()
+
+
 class Distillation:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -146,8 +158,9 @@ class Distillation:
             torch.set_rng_state(state["rng"].cpu())
             print(f"continuing after {self.steps} steps, {self.seconds / 60:.0f} minutes")
         else:
-            seen = [self.teach(augment(self.load(torch.randint(0, self.train, (64,))), 224))[0] for _ in range(16)]
-            self.mean, self.std = torch.cat(seen).mean(0), torch.cat(seen).std(0) + 1e-3
+            seen = torch.cat([self.teach(augment(self.load(torch.randint(0, self.train, (64,))), 224))[0] for _ in range(16)])
+            self.mean = seen.mean((0, 1, 2))
+            self.std = torch.stack([seen.std((0, 1, 2)), seen.mean((1, 2)).std(0)]) + 1e-3  # of a place, of the pooled
 
     def load(self, index: Tensor) -> Tensor:
         """Row numbers (B,) to photos (B, 3, S, S) in 0..1 on the device."""
@@ -156,10 +169,11 @@ class Distillation:
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images to all teachers' features (B, h, w, features) and class log-probabilities (B, teachers, classes)."""
         images = resized(images, self.arguments.teacher_pixels)
         with torch.autocast(self.device, dtype=torch.bfloat16):
             features, classes = zip(*(teacher(images) for teacher in self.teachers), strict=True)
-        return torch.cat(features, 1), torch.stack(classes, 1)
+        return torch.cat(features, 1).permute(0, 2, 3, 1), torch.stack(classes, 1)
 
     def learn(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images = normalize(images * 255, self.preprocessing).contiguous(memory_format=torch.channels_last)
@@ -175,7 +189,9 @@ class Distillation:
             index = torch.arange(start, min(start + 64, self.train + self.held_out))
             images = resized(self.load(index), 160)
             features, _, words = self.learn(images)
-            cosine.append(F.cosine_similarity(features, (self.teach(images)[0] - self.mean) / self.std).mean().item())
+            wanted = (self.teach(images)[0].mean((1, 2)) - self.mean) / self.std[1]
+            found = features.mean((1, 2)) * (self.std[0] / self.std[1])
+            cosine.append(F.cosine_similarity(found, wanted).mean().item())
             named = self.targets[index].to(self.device).gather(1, words.topk(5).indices) > 0
             hits.append(named.float().mean().item())
         self.student.train()
@@ -191,15 +207,19 @@ class Distillation:
             images = images * share.view(-1, 1, 1, 1) + images[other] * (1 - share.view(-1, 1, 1, 1))
             words = words * share[:, None] + words[other] * (1 - share[:, None])
         wanted, wanted_classes = self.teach(images)
-        wanted = (wanted - self.mean) / self.std
         features, logits, word_logits = self.learn(images)
+        wanted = (resized(wanted.permute(0, 3, 1, 2), features.shape[1]).permute(0, 2, 3, 1) - self.mean) / self.std[0]
         log_classes = F.log_softmax(logits.view(wanted_classes.shape), dim=-1)
+        to_pooled = self.std[0] / self.std[1]
         losses = {
-            "features": F.smooth_l1_loss(features, wanted) + (1 - F.cosine_similarity(features, wanted)).mean(),
+            "features": feature_loss(features.mean((1, 2)) * to_pooled, wanted.mean((1, 2)) * to_pooled),
+            "grid": feature_loss(features, wanted),
             "classes": F.kl_div(log_classes, wanted_classes, log_target=True, reduction="batchmean"),
             "words": F.binary_cross_entropy_with_logits(word_logits, words),
         }
-        losses["total"] = losses["features"] + 0.5 * losses["classes"] + 30 * losses["words"]
+        losses["total"] = (
+            losses["features"] + self.arguments.grid * losses["grid"] + 0.5 * losses["classes"] + 30 * losses["words"]
+        )
         return losses
 
     def save(self) -> None:
@@ -216,14 +236,18 @@ class Distillation:
         write_safetensors(self.run / "encoder.safetensors", self.student.encoder.state_dict(), half=True)
 
     def run_to_end(self) -> None:
+        """Train until the time is over; Ctrl-C or SIGTERM ends it after the step in hand, with everything saved."""
         minutes = self.arguments.minutes
+        stopped = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopped.set())
         self.student.train()
         saved = time.monotonic()
         with (
             open(self.run / "log.jsonl", "a") as log,
             tqdm(total=round(minutes, 1), initial=round(self.seconds / 60, 1), unit="min", desc="distil") as bar,
         ):
-            while self.seconds < minutes * 60:
+            while self.seconds < minutes * 60 and not stopped.is_set():
                 began = time.monotonic()
                 fraction = min(1.0, self.seconds / (minutes * 60))
                 warm = min(1.0, (self.steps + 1) / WARM_UP_STEPS)
@@ -235,7 +259,7 @@ class Distillation:
                 nn.utils.clip_grad_norm_(self.student.parameters(), 2.0)
                 self.optimizer.step()
                 self.steps += 1
-                spent = time.monotonic() - began
+                spent = min(time.monotonic() - began, LONGEST_STEP_SECONDS)
                 self.seconds += spent
                 bar.update(spent / 60)
                 if self.steps % 100 == 0:
@@ -272,6 +296,7 @@ def main() -> None:
     parser.add_argument("--photo-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--grid", type=float, default=1.0, help="weight of the features at each place of the grid")
     parser.add_argument("--mixup", type=float, default=0.0, help="probability that a batch is mixed")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

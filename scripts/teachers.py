@@ -44,8 +44,7 @@ class MobileNetV2Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in 0..1 to pooled features (B, 1280) and class log-probabilities (B, 1001)."""
-        grid = self.net.features((images * 2 - 1).contiguous(memory_format=torch.channels_last))
-        pooled = grid.float().mean((2, 3))
+        """Images (B, 3, H, W) in 0..1 to features (B, 1280, H / 32, W / 32) and class log-probabilities (B, 1001)."""
+        grid = self.net.features((images * 2 - 1).contiguous(memory_format=torch.channels_last)).float()
         with torch.autocast(images.device.type, enabled=False):
-            return pooled, F.log_softmax(self.net.classifier(pooled), dim=1)
+            return grid, F.log_softmax(self.net.classifier(grid.mean((2, 3))), dim=1)

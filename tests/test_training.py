@@ -103,7 +103,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("interrupted_at", [3, 8, 60, 66, 70])
+@pytest.mark.parametrize("interrupted_at", [3, 60, 66])
 def test_an_interrupted_run_reaches_the_same_numbers(
     tmp_path: Path, encoder_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int
 ) -> None:
