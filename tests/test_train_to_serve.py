@@ -27,10 +27,10 @@ def run(*arguments: str | Path) -> str:
 
 
 def test_from_photos_to_captions_over_http(tmp_path: Path) -> None:
-    table = make(tmp_path / "toy", photos=160)
+    table = make(tmp_path / "toy", photos=200)
     data = ("--images", tmp_path / "toy/photos", "--captions", table)
-    settings = ("--min-count", "1", "--epochs", "12", "--batch", "32", "--cache", tmp_path / "features")
-    run("scripts.train", tmp_path / "run", *data, *settings, "--hidden-size", "128", "--embedding-size", "128")
+    settings = ("--min-count", "1", "--epochs", "15", "--batch", "32", "--cache", tmp_path / "features")
+    run("scripts.train", tmp_path / "run", *data, *settings)
 
     checkpoint, store = tmp_path / "run/best", tmp_path / "model_store"
     package(checkpoint, store / "caption.mar", name="caption", model_config=ROOT / "deploy/torchserve/model-config.yaml")
