@@ -12,7 +12,8 @@ import argparse
 import json
 import unicodedata
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,6 +41,8 @@ from handler.vocabulary import Vocabulary
 START, END, UNKNOWN = "<sos>", "<eos>", "<ukn>"
 COUNTRY_CODES = {"jp": "ja", "cn": "zh"}
 """Where chainer-caption's names for languages are not BCP 47."""
+LARGEST_SIZE = 4096
+"""Of a decoder's layers. chainer-caption's have 512 or 1024; a file that claims far more is not read into memory."""
 
 PREPROCESSING = PreprocessingConfig(
     size=224,
@@ -111,35 +114,37 @@ class ChainerFileError(CaptionError):
 
 def read_encoder(path: Path) -> Encoder:
     """`ResNet50.model` as the network that gives the same features. Raises ChainerFileError."""
-    arrays = _read_hdf5(path, ENCODER_TABLE, unused=ENCODER_UNUSED)
     with torch.device("meta"):
         encoder = Encoder(EncoderConfig(architecture="resnet50-caffe"))
-    _fill(encoder, arrays, ENCODER_TABLE, path)
+    with _datasets(path, ENCODER_TABLE, unused=ENCODER_UNUSED) as datasets:
+        _fill(encoder, datasets, ENCODER_TABLE, path)
     return encoder.eval()
 
 
 def read_decoder(path: Path, vocabulary: Vocabulary) -> Decoder:
     """`caption_….model`; its sizes are those of its arrays. Raises ChainerFileError."""
-    arrays = _read_hdf5(path, DECODER_TABLE)
-    shapes = arrays["embed_word/W"].shape, arrays["decode_word/W"].shape
-    if any(len(shape) != 2 or 0 in shape for shape in shapes):
-        raise ChainerFileError(f"{path}: embed_word/W and decode_word/W must be matrices, not {shapes[0]} and {shapes[1]}")
-    (words, embedding_size), (_, hidden_size) = shapes
-    if words != len(vocabulary):
-        raise ChainerFileError(
-            f"the vocabulary has {len(vocabulary)} words, the decoder {path} has {words}: "
-            "they are not of the same model, perhaps not of the same language"
-        )
-    with torch.device("meta"):
-        decoder = Decoder(DecoderConfig(vocabulary_size=words, embedding_size=embedding_size, hidden_size=hidden_size))
-    _fill(decoder, arrays, DECODER_TABLE, path)
+    with _datasets(path, DECODER_TABLE) as datasets:
+        shapes = datasets["embed_word/W"].shape, datasets["decode_word/W"].shape
+        if any(len(shape) != 2 for shape in shapes):
+            raise ChainerFileError(f"{path}: embed_word/W and decode_word/W must be matrices, not {shapes[0]} and {shapes[1]}")
+        (words, embedding_size), (_, hidden_size) = shapes
+        if words != len(vocabulary):
+            raise ChainerFileError(
+                f"the vocabulary has {len(vocabulary)} words, the decoder {path} has {words}: "
+                "they are not of the same model, perhaps not of the same language"
+            )
+        if not (1 <= embedding_size <= LARGEST_SIZE and 1 <= hidden_size <= LARGEST_SIZE):
+            raise ChainerFileError(f"{path}: sizes {embedding_size} and {hidden_size} are not from 1 to {LARGEST_SIZE}")
+        with torch.device("meta"):
+            decoder = Decoder(DecoderConfig(vocabulary_size=words, embedding_size=embedding_size, hidden_size=hidden_size))
+        _fill(decoder, datasets, DECODER_TABLE, path)
     return decoder.eval()
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
     """Either form: `{"word": index, …}` or `{"words": [{"word": …, "idx": …}, …]}`. Raises ChainerFileError.
 
-    Its start tokens are those of languages, such as `<en>` and `<jp>`, or else `<sos>`.
+    Its start tokens are those of languages, such as `<en>` and `<jp>`, and `<sos>`.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -161,7 +166,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
         )
     words = tuple(tokens[index] for index in range(len(tokens)))
     missing = [token for token in (END, UNKNOWN) if token not in words]
-    start = tuple(sorted(word for word in words if _language_of(word))) or (START,) * (START in words)
+    start = (*sorted(word for word in words if _language_of(word)), *[START] * (START in words))
     if missing or not start:
         raise ChainerFileError(f"{path} lacks {' and '.join(missing or [START])}, so it is not a vocabulary of chainer-caption")
     try:
@@ -184,14 +189,16 @@ def languages_of(
     if tokenization is None:
         special = {*vocabulary.start, START, END, UNKNOWN}
         tokenization = "character" if all(len(word) == 1 for word in vocabulary.tokens if word not in special) else "word"
+    own = {token: code for token in vocabulary.start if (code := _language_of(token))}
     if not given:
-        given = [f"{_language_of(token) or _language_by_script(vocabulary.tokens)}={token}" for token in vocabulary.start]
+        given = [f"{code}={token}" for token, code in own.items()]
+        given = given or [f"{_language_by_script(vocabulary.tokens)}={token}" for token in vocabulary.start]
     languages = []
     for choice in given:
         code, _, token = choice.partition("=")
         code = COUNTRY_CODES.get(code, code)
         only = vocabulary.start[0] if len(vocabulary.start) == 1 else ""
-        token = token or next((token for token in vocabulary.start if _language_of(token) == code), only)
+        token = token or next((token for token, its_code in own.items() if its_code == code), only)
         if not code or token not in vocabulary.start:
             raise ChainerFileError(
                 f"language {choice}: must be CODE or CODE=TOKEN with a start token of the vocabulary, which are "
@@ -213,7 +220,7 @@ def read_features(folder: Path) -> tuple[list[str], Tensor]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 row = np.asarray(file["arr_0"], np.float32).reshape(FEATURE_SIZE)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, MemoryError, zipfile.BadZipFile) as error:
             raise ChainerFileError(
                 f"{path} is not a feature file, one array arr_0 of {FEATURE_SIZE} numbers: {error}"
             ) from error
@@ -246,8 +253,12 @@ def caption_features(
     return answers
 
 
-def _read_hdf5(path: Path, table: Table, *, unused: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """The arrays that `table` names, as fp32. Raises ChainerFileError."""
+@contextmanager
+def _datasets(path: Path, table: Table, *, unused: Collection[str] = ()) -> Iterator[dict[str, h5py.Dataset]]:
+    """The datasets that `table` names, unread: what they claim to hold may be larger than memory.
+
+    Raises ChainerFileError, also for what fails while they are read.
+    """
     if not path.is_file():
         raise ChainerFileError(f"{path} does not exist or is not a file")
     if not h5py.is_hdf5(path):
@@ -255,13 +266,20 @@ def _read_hdf5(path: Path, table: Table, *, unused: Collection[str] = ()) -> dic
     expected = {source for sources in table.values() for source in sources}
     try:
         with h5py.File(path, "r") as file:
-            datasets: dict[str, h5py.Dataset] = {}
-            # visits what is in this very file: no links to elsewhere
-            file.visititems(lambda name, item: datasets.update({name: item}) if isinstance(item, h5py.Dataset) else None)
-            _check_names(path, expected, datasets.keys(), unused)
-            return {name: _array(path, datasets[name]) for name in sorted(expected)}
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+            file.visititems_links(lambda name, link: _refuse_link(path, name, link))
+            found: dict[str, h5py.Dataset] = {}
+            file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
+            _check_names(path, expected, found.keys(), unused)
+            for name in sorted(expected):
+                _check_kind(path, name, found[name])
+            yield {name: found[name] for name in expected}
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise ChainerFileError(f"{path} is damaged or cut off, copy it again: {error}") from error
+
+
+def _refuse_link(path: Path, name: str, link: object) -> None:
+    if not isinstance(link, h5py.HardLink):
+        raise ChainerFileError(f"{path}: {name} is a link to elsewhere, which is not followed")
 
 
 def _check_names(path: Path, expected: Collection[str], found: Collection[str], unused: Collection[str]) -> None:
@@ -277,27 +295,26 @@ def _check_names(path: Path, expected: Collection[str], found: Collection[str], 
     raise ChainerFileError(f"{path} is not chainer-caption's: it lacks {_some(missing)}; unknown in it are {_some(unknown)}")
 
 
-def _array(path: Path, dataset: h5py.Dataset) -> np.ndarray:
-    name = dataset.name.lstrip("/")
+def _check_kind(path: Path, name: str, dataset: h5py.Dataset) -> None:
     if dataset.dtype.kind != "f" or dataset.shape is None:
         raise ChainerFileError(f"{path}: {name} must hold floating-point numbers, not {dataset.dtype}")
     if dataset.is_virtual or dataset.external:
-        raise ChainerFileError(f"{path}: {name} refers to another file")
-    array = dataset[()].astype(np.float32)
-    if not np.isfinite(array).all():
-        raise ChainerFileError(f"{path}: {name} holds numbers that are not finite")
-    return array
+        raise ChainerFileError(f"{path}: {name} is kept in another file, which is not read")
 
 
-def _fill(module: nn.Module, arrays: Mapping[str, np.ndarray], table: Table, path: Path) -> None:
+def _fill(module: nn.Module, datasets: Mapping[str, h5py.Dataset], table: Table, path: Path) -> None:
     """Give every parameter of `module`, which is on the meta device, its values. Every shape must fit."""
     state = module.state_dict()
     for name, sources in table.items():
         shape = (state[name].shape[0] // len(sources), *state[name].shape[1:])
         for source in sources:
-            if arrays[source].shape != shape:
-                raise ChainerFileError(f"{path}: {source} is {arrays[source].shape}, it must be {shape}")
-        state[name] = torch.from_numpy(np.concatenate([arrays[source] for source in sources]))
+            if datasets[source].shape != shape:
+                raise ChainerFileError(f"{path}: {source} is {datasets[source].shape}, it must be {shape}")
+    for name, sources in table.items():
+        array = np.concatenate([datasets[source][()].astype(np.float32) for source in sources])
+        if not np.isfinite(array).all():
+            raise ChainerFileError(f"{path}: {' or '.join(sources)} holds numbers that are not finite")
+        state[name] = torch.from_numpy(array)
     counters = {name: torch.zeros((), dtype=torch.long) for name in state if name.endswith("num_batches_tracked")}
     module.load_state_dict(state | counters, assign=True)
 
@@ -360,6 +377,9 @@ def main() -> None:
         "default first (default: from the vocabulary)",
     )
     parser.add_argument("--tokenization", choices=get_args(Tokenization), help="default: from the vocabulary")
+    parser.add_argument(
+        "--version", default=ModelConfig.model_fields["version"].default, help="version of the model (default: 1.0)"
+    )
     parser.add_argument("--half", action="store_true", help="weights as fp16: half the size, no longer Chainer's exact numbers")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     parser.add_argument("--beam", type=int, default=3, help="with --features: beam size (default: 3)")
@@ -384,7 +404,12 @@ def _convert(arguments: argparse.Namespace) -> str:
     decoder = read_decoder(arguments.rnn_model, vocabulary)
     encoder = read_encoder(arguments.cnn_model)
     config = ModelConfig(
-        languages=languages, preprocessing=PREPROCESSING, encoder=encoder.config, decoder=decoder.config, search=SEARCH
+        version=arguments.version,
+        languages=languages,
+        preprocessing=PREPROCESSING,
+        encoder=encoder.config,
+        decoder=decoder.config,
+        search=SEARCH,
     )
     digest = save_checkpoint(
         output, config=config, vocabulary=vocabulary, decoder=decoder, encoder=encoder, half=arguments.half

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ STAGES = {"res2": (3, 64, 256), "res3": (4, 128, 512), "res4": (6, 256, 1024), "
 """Blocks, inner channels and outer channels of each."""
 BATCH_NORM = ("gamma", "beta", "avg_mean", "avg_var", "N")
 
-END_BIAS = 2.0
+CNN_FILE, DECODER_FILE, VOCABULARY_FILE = "ResNet50.model", "caption_model.model", "dictionary.json"
+END_BIAS = 4.0
 
 Weights = dict[str, np.ndarray]
 """Dataset path to values."""
@@ -35,14 +36,12 @@ class ModelFiles:
     vocabulary: Path
 
 
-def write_models(folder: Path, vocabulary: Mapping[str, int] | Path, *, hidden: int = 512, seed: int = 0) -> ModelFiles:
+def write_models(folder: Path, vocabulary: Mapping[str, int], *, hidden: int, seed: int) -> ModelFiles:
     """A whole random model of full size, whose captions depend on the photo.
 
-    vocabulary: word to index, or the file of a real one.
+    vocabulary: word to index.
     """
-    files = ModelFiles(folder / "ResNet50.model", folder / "caption_model.model", folder / "dictionary.json")
-    if isinstance(vocabulary, Path):
-        vocabulary = json.loads(vocabulary.read_text(encoding="utf-8"))
+    files = ModelFiles(folder / CNN_FILE, folder / DECODER_FILE, folder / VOCABULARY_FILE)
     files.vocabulary.write_text(json.dumps(vocabulary, indent=4, sort_keys=True), encoding="utf-8")
     write_hdf5(files.cnn, random_cnn(seed))
     write_hdf5(files.rnn, random_decoder(len(vocabulary), hidden, end=vocabulary["<eos>"], seed=seed))
@@ -56,10 +55,10 @@ def write_hdf5(path: Path, weights: Mapping[str, np.ndarray]) -> None:
             file.create_dataset(name, data=values)
 
 
-def word_vocabulary(size: int, special: Sequence[str] = ("<sos>", "<eos>", "<ukn>")) -> dict[str, int]:
-    """Made-up words and the special tokens at shuffled indices, as chainer-caption's come out of a hash table."""
-    words = [*special, *(f"word{number}" for number in range(size - len(special)))]
-    return {word: int(index) for word, index in zip(words, np.random.RandomState(size).permutation(size), strict=True)}
+def vocabulary_of(special: Mapping[str, int], size: int, word: Callable[[int], str]) -> dict[str, int]:
+    """Special tokens at their indices, which chainer-caption left to a hash table, and made-up words at all others."""
+    indices = sorted(set(range(size)) - set(special.values()))
+    return {**special, **{word(index): index for index in indices}}
 
 
 def cnn_shapes() -> dict[str, tuple[int, ...]]:

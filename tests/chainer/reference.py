@@ -20,7 +20,7 @@ import chainer.links as L
 import numpy as np
 from PIL import Image
 
-from tests.chainer.models import FEATURES, STAGES, Weights, random_cnn, random_decoder
+from tests.chainer.models import CNN_FILE, DECODER_FILE, FEATURES, STAGES, Weights, random_cnn, random_decoder
 from tests.chainer.photos import photos
 
 SIZE = 224
@@ -167,19 +167,20 @@ def fill(link: chainer.Link, weights: Weights) -> None:
 
 def captions(decoder: Decoder, features: np.ndarray, case: dict[str, Any]) -> list[dict[str, Any]]:
     """Every search of the case on every photo."""
+    special = case["special"]
     return [
         {
-            "photo": row,
+            "photo": photo,
             "start": start,
             "beam": beam,
             "depth": depth,
             "found": [
                 {"path": state.path, "log_likelihood": -state.cost}
-                for state in beam_search(decoder, feature, start, case["end"], beam, depth)
+                for state in beam_search(decoder, feature, special[start], special["<eos>"], beam, depth)
             ],
         }
-        for row, feature in enumerate(features)
-        for start in case["start"]
+        for photo, feature in zip(case["photos"], features, strict=True)
+        for start in case["starts"]
         for beam in case["beams"]
         for depth in case["depths"]
     ]
@@ -196,23 +197,26 @@ def step_probabilities(decoder: Decoder, feature: np.ndarray, words: Sequence[in
 
 
 def main() -> None:
-    """Read a case, write beside it `features.npy`, `probabilities.npy`, `captions.json`, and the models if it says so."""
+    """Read a case, write beside it the models, `features.npy`, `probabilities.npy` and `captions.json`.
+
+    The photos of a case are names of photos.py, or else image files.
+    """
     path = Path(sys.argv[1])
     case = json.loads(path.read_text())
     folder = path.parent
     cnn, decoder = ResNet(), Decoder(case["vocabulary_size"], case["hidden"])
     fill(cnn, random_cnn(case["seed"]))
-    fill(decoder, random_decoder(case["vocabulary_size"], case["hidden"], end=case["end"], seed=case["seed"]))
-    if case["save_models"]:
-        chainer.serializers.save_hdf5(str(folder / "ResNet50.model"), cnn)
-        chainer.serializers.save_hdf5(str(folder / "caption_model.model"), decoder)
-    files = [*photos().values(), *(Path(name).read_bytes() for name in case["photos"])]
+    fill(decoder, random_decoder(case["vocabulary_size"], case["hidden"], end=case["special"]["<eos>"], seed=case["seed"]))
+    chainer.serializers.save_hdf5(str(folder / CNN_FILE), cnn)
+    chainer.serializers.save_hdf5(str(folder / DECODER_FILE), decoder)
+    made = photos()
+    files = [made[name] if name in made else Path(name).read_bytes() for name in case["photos"]]
     with chainer.using_config("train", False), chainer.no_backprop_mode():
         features = np.concatenate([cnn(preprocess(file)[None]) for file in files])
         np.save(folder / "features.npy", features)
         np.save(folder / "probabilities.npy", step_probabilities(decoder, features[0], case["words"]))
         found = captions(decoder, features, case)
-    (folder / "captions.json").write_text(json.dumps(found) + "\n")
+    (folder / "captions.json").write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
 
 
 if __name__ == "__main__":
