@@ -112,6 +112,37 @@ class ChainerFileError(CaptionError):
     code = "InvalidChainerFile"
 
 
+def convert(
+    cnn_model: Path,
+    rnn_model: Path,
+    vocab: Path,
+    output: Path,
+    *,
+    language: Sequence[str] = (),
+    tokenization: Tokenization | None = None,
+    version: str = "1.0",
+    half: bool = False,
+) -> tuple[ModelConfig, str]:
+    """Write the checkpoint `output`; give its configuration and its digest. Raises ChainerFileError before it writes.
+
+    language, tokenization: see `languages_of`.
+    half: weights as fp16, which are no longer Chainer's to the last digit.
+    """
+    vocabulary = read_vocabulary(vocab)
+    languages = languages_of(vocabulary, language, tokenization)
+    decoder = read_decoder(rnn_model, vocabulary)
+    encoder = read_encoder(cnn_model)
+    config = ModelConfig(
+        version=version,
+        languages=languages,
+        preprocessing=PREPROCESSING,
+        encoder=encoder.config,
+        decoder=decoder.config,
+        search=SEARCH,
+    )
+    return config, save_checkpoint(output, config=config, vocabulary=vocabulary, decoder=decoder, encoder=encoder, half=half)
+
+
 def read_encoder(path: Path) -> Encoder:
     """`ResNet50.model` as the network that gives the same features. Raises ChainerFileError."""
     with torch.device("meta"):
@@ -377,9 +408,7 @@ def main() -> None:
         "default first (default: from the vocabulary)",
     )
     parser.add_argument("--tokenization", choices=get_args(Tokenization), help="default: from the vocabulary")
-    parser.add_argument(
-        "--version", default=ModelConfig.model_fields["version"].default, help="version of the model (default: 1.0)"
-    )
+    parser.add_argument("--version", default="1.0", help="version of the model (default: 1.0)")
     parser.add_argument("--half", action="store_true", help="weights as fp16: half the size, no longer Chainer's exact numbers")
     parser.add_argument("--force", action="store_true", help="overwrite the output")
     parser.add_argument("--beam", type=int, default=3, help="with --features: beam size (default: 3)")
@@ -399,23 +428,19 @@ def _convert(arguments: argparse.Namespace) -> str:
         raise ChainerFileError("-o must name the directory of the checkpoint")
     if (output / MANIFEST).exists() and not arguments.force:
         raise ChainerFileError(f"{output} holds a checkpoint already: name another directory, or give --force")
-    vocabulary = read_vocabulary(arguments.vocab)
-    languages = languages_of(vocabulary, arguments.language, arguments.tokenization)
-    decoder = read_decoder(arguments.rnn_model, vocabulary)
-    encoder = read_encoder(arguments.cnn_model)
-    config = ModelConfig(
+    config, digest = convert(
+        arguments.cnn_model,
+        arguments.rnn_model,
+        arguments.vocab,
+        output,
+        language=arguments.language,
+        tokenization=arguments.tokenization,
         version=arguments.version,
-        languages=languages,
-        preprocessing=PREPROCESSING,
-        encoder=encoder.config,
-        decoder=decoder.config,
-        search=SEARCH,
+        half=arguments.half,
     )
-    digest = save_checkpoint(
-        output, config=config, vocabulary=vocabulary, decoder=decoder, encoder=encoder, half=arguments.half
-    )
-    shown = ", ".join(f"{language.code} ({language.start_token}, {language.tokenization}s)" for language in languages)
-    return f"{output}: {len(vocabulary)} tokens, hidden size {decoder.config.hidden_size}, {shown}, {digest}"
+    shown = ", ".join(f"{language.code} ({language.start_token}, {language.tokenization}s)" for language in config.languages)
+    decoder = config.decoder
+    return f"{output}: {decoder.vocabulary_size} tokens, hidden size {decoder.hidden_size}, {shown}, {digest}"
 
 
 def _caption_cache(arguments: argparse.Namespace) -> str:

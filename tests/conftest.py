@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,6 +73,24 @@ def encoded(photo: Image.Image) -> Callable[..., bytes]:
         return buffer.getvalue()
 
     return save
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint converted from the chainer-caption model of one of tests/chainer/golden's cases."""
+    from scripts.convert_chainer import convert
+    from tests.chainer.golden import GOLDEN, read
+    from tests.chainer.models import write_models
+
+    @functools.cache
+    def checkpoint_of(name: str) -> Path:
+        answers = read(GOLDEN / name)
+        folder = tmp_path_factory.mktemp(name)
+        files = write_models(folder, answers.vocabulary, hidden=answers.case["hidden"], seed=answers.case["seed"])
+        convert(files.cnn, files.rnn, files.vocabulary, folder / "checkpoint")
+        return folder / "checkpoint"
+
+    return checkpoint_of
 
 
 @pytest.fixture(scope="session")
