@@ -20,6 +20,7 @@ from typing import Any, get_args
 import h5py
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from handler.beam_search import Search, beam_search
@@ -202,8 +203,9 @@ def read_vocabulary(path: Path) -> Vocabulary:
         raise ChainerFileError(f"{path} lacks {' and '.join(missing or [START])}, so it is not a vocabulary of chainer-caption")
     try:
         return Vocabulary(tokens=words, start=start, end=END, unknown=UNKNOWN, pad=None, suppress_start=False)
-    except ValueError as error:
-        raise ChainerFileError(f"{path} is not a vocabulary: {error}") from error
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ChainerFileError(f"{path} is not a vocabulary: {reason}") from error
 
 
 def languages_of(
@@ -249,7 +251,7 @@ def read_features(folder: Path) -> tuple[list[str], Tensor]:
     rows = []
     for path in paths:
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
                 row = np.asarray(file["arr_0"], np.float32).reshape(FEATURE_SIZE)
         except (OSError, ValueError, KeyError, TypeError, EOFError, AttributeError, MemoryError, zipfile.BadZipFile) as error:
             raise ChainerFileError(
@@ -297,7 +299,9 @@ def _datasets(path: Path, table: Table, *, unused: Collection[str] = ()) -> Iter
     expected = {source for sources in table.values() for source in sources}
     try:
         with h5py.File(path, "r") as file:
-            file.visititems_links(lambda name, link: _refuse_link(path, name, link))
+            link = file.visititems_links(lambda name, link: None if isinstance(link, h5py.HardLink) else name)
+            if link is not None:
+                raise ChainerFileError(f"{path}: {link} is a link to elsewhere, which is not followed")
             found: dict[str, h5py.Dataset] = {}
             file.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
             _check_names(path, expected, found.keys(), unused)
@@ -306,11 +310,6 @@ def _datasets(path: Path, table: Table, *, unused: Collection[str] = ()) -> Iter
             yield {name: found[name] for name in expected}
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise ChainerFileError(f"{path} is damaged or cut off, copy it again: {error}") from error
-
-
-def _refuse_link(path: Path, name: str, link: object) -> None:
-    if not isinstance(link, h5py.HardLink):
-        raise ChainerFileError(f"{path}: {name} is a link to elsewhere, which is not followed")
 
 
 def _check_names(path: Path, expected: Collection[str], found: Collection[str], unused: Collection[str]) -> None:
