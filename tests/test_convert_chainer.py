@@ -64,18 +64,22 @@ def assert_agrees(checkpoint: Path, answers: Answers) -> None:
             logits, state = model.decoder.step(torch.tensor([word]), state)
         np.testing.assert_allclose(logits.softmax(1)[0], probabilities, rtol=1e-4)
 
-    for answer in answers.captions:
-        beam, depth, start = answer["beam"], answer["depth"], answer["start"]
-        row = list(files).index(answer["photo"])
-        (found,) = caption_features(
-            model.decoder, model.vocabulary, features[row : row + 1], start_token=start, beam=beam, depth=depth
-        )
-        assert_same_captions(found, answer["found"], model.vocabulary.tokens)
-        (language,) = (language.code for language in model.config.languages if language.start_token == start)
-        parameters = Parameters(beam_size=beam, max_length=depth - 1, language=language)
-        (captions,) = captioner.search(features[row : row + 1], [parameters])
+    rows = {name: row for row, name in enumerate(files)}
+    for start, beam, depth in sorted({(answer["start"], answer["beam"], answer["depth"]) for answer in answers.captions}):
+        found = caption_features(model.decoder, model.vocabulary, features, start_token=start, beam=beam, depth=depth)
+        for name, row in rows.items():
+            assert_same_captions(found[row], answers.best(name, start, beam=beam, depth=depth), model.vocabulary.tokens)
+
+    # as the service searches: whatever is asked for, in one batch
+    code = {language.start_token: language.code for language in model.config.languages}
+    parameters = [
+        Parameters(beam_size=answer["beam"], max_length=answer["depth"] - 1, language=code[answer["start"]])
+        for answer in answers.captions
+    ]
+    batch = captioner.search(features[[rows[answer["photo"]] for answer in answers.captions]], parameters)
+    for captions, answer in zip(batch, answers.captions, strict=True):
         served = [{"sentence": [*c.sentence], "log_likelihood": c.log_likelihood} for c in captions]
-        assert_same_captions(served, answer["found"][:beam], model.vocabulary.tokens)
+        assert_same_captions(served, answer["found"][: answer["beam"]], model.vocabulary.tokens)
 
 
 def assert_same_captions(ours: list[dict[str, Any]], chainers: list[dict[str, Any]], tokens: tuple[str, ...]) -> None:
