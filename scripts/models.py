@@ -1,0 +1,233 @@
+"""Manage the models of a running TorchServe: `python -m scripts.models --help`.
+
+A client of the management API that waits until what was asked for is so, and says in one line what is. Docs: rolling
+update, blue/green and canary of versions in docs/deploy/models.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from scripts.authorization import KEY_FILE, bearer
+from scripts.probe import POLL_SECONDS
+
+REQUEST_SECONDS = 30.0
+"""For one request to the API, which does nothing slow: it starts workers in the background."""
+
+
+class ManagementError(Exception):
+    """The API refuses, cannot be reached, or did not get there in time. The message says what to do."""
+
+
+class Management:
+    """The management API at `address`, such as `http://127.0.0.1:8081`. Every method raises ManagementError.
+
+    timeout: seconds that workers may take to start. TorchServe starts them again when they fail, so that a model that
+    cannot load is known by the time it takes.
+    """
+
+    def __init__(self, address: str, *, key_file: Path | None = None, timeout: float = 180.0) -> None:
+        self.address = address.rstrip("/")
+        self.key_file = key_file
+        self.timeout = timeout
+
+    def models(self) -> dict[str, list[dict[str, Any]]]:
+        """All versions of all models, by the models' names, as `versions` gives them."""
+        names: list[str] = []
+        page: str | None = ""
+        while page is not None:
+            answer = self._call("GET", "/models", limit=100, next_page_token=page or None)
+            names += [model["modelName"] for model in answer["models"]]
+            page = answer.get("nextPageToken")
+        return {name: self.versions(name) for name in dict.fromkeys(names)}
+
+    def versions(self, name: str) -> list[dict[str, Any]]:
+        """The versions of a model, each as TorchServe describes it: `modelVersion`, `defaultVersion`, `workers`, …"""
+        found: list[dict[str, Any]] = self._call("GET", f"/models/{name}/all")
+        return found
+
+    def version(self, name: str, version: str | None = None, *, customized: bool = False) -> dict[str, Any]:
+        """One version, the default one if none is named; `customized` asks a worker of it to describe the model, too."""
+        path = f"/models/{name}" + (f"/{version}" if version else "")
+        (found,) = self._call("GET", path, customized="true" if customized else None)
+        return dict(found)
+
+    def scale(self, name: str, workers: int, version: str | None = None) -> dict[str, Any]:
+        """Give a version so many workers, and wait until they are READY. Gives the version's description.
+
+        A worker that goes takes its batch with it: those requests are answered with status 500. Stop sending first.
+        """
+        path = f"/models/{name}" + (f"/{version}" if version else "")
+        self._call("PUT", path, min_worker=workers, max_worker=workers)
+        return self._wait_for_workers(name, version, workers)
+
+    def register(self, archive: str, name: str, *, workers: int = 1) -> dict[str, Any]:
+        """Add the version in `archive`, a file name in the server's model store, beside the others of the model.
+
+        The version gets requests by its number only, until `set_default`; a model's first version is its default at once.
+        A version that does not become ready is taken out again.
+        """
+        before = {v["modelVersion"] for v in self._versions_or_none(name)}
+        self._call("POST", "/models", url=archive, model_name=name, initial_workers=0)
+        added = [v["modelVersion"] for v in self.versions(name) if v["modelVersion"] not in before]
+        if len(added) != 1:  # somebody else does the same
+            raise ManagementError(f"{archive} is registered, but as which version is unclear: new are {added}")
+        try:
+            return self.scale(name, workers, added[0])
+        except ManagementError:
+            self._call("DELETE", f"/models/{name}/{added[0]}")
+            raise
+
+    def set_default(self, name: str, version: str) -> None:
+        """Send the requests that name no version to this one from now on. Refused while it has no worker that is READY."""
+        states = Counter(worker["status"] for worker in self.version(name, version)["workers"])
+        if not states["READY"]:
+            raise ManagementError(
+                f"version {version} of {name} has no worker that is ready: give it some with `scale {name} 1 --version {version}`"
+            )
+        self._call("PUT", f"/models/{name}/{version}/set-default")
+
+    def unregister(self, name: str, version: str | None = None, *, settle: float | None = None) -> None:
+        """Take a version, or all of a model, out of service, after its queue is empty and what it works on is answered.
+
+        settle: seconds between the empty queue and the end. TorchServe does not tell what its workers work on; by default
+        it is the version's response timeout, after which nothing can be left.
+        """
+        doomed = [self.version(name, version)] if version else self.versions(name)
+        if version and doomed[0].get("defaultVersion") and len(self.versions(name)) > 1:
+            raise ManagementError(f"{version} is the default version of {name}: make another one that, with `set-default`")
+        if any(v["workers"] for v in doomed):
+            deadline = time.monotonic() + self.timeout
+            while any(v.get("jobQueueStatus", {}).get("pendingRequests") for v in doomed):
+                if time.monotonic() > deadline:
+                    raise ManagementError(f"{name} still has requests waiting: is it in use?")
+                time.sleep(POLL_SECONDS)
+                doomed = [self.version(name, v["modelVersion"]) for v in doomed]
+            time.sleep(max(v.get("responseTimeout", 120) for v in doomed) if settle is None else settle)
+        # The default version goes last: as long as there are others, TorchServe does not let it go.
+        for one in sorted(doomed, key=lambda v: bool(v.get("defaultVersion"))):
+            self._call("DELETE", f"/models/{name}/{one['modelVersion']}")
+
+    def _versions_or_none(self, name: str) -> list[dict[str, Any]]:
+        return self.models().get(name, [])
+
+    def _wait_for_workers(self, name: str, version: str | None, wanted: int) -> dict[str, Any]:
+        deadline = time.monotonic() + self.timeout
+        while True:
+            described = self.version(name, version)
+            states = [worker["status"] for worker in described["workers"]]
+            if states == ["READY"] * wanted:
+                return described
+            if time.monotonic() > deadline:
+                raise ManagementError(
+                    f"{wanted} workers of {name} are not ready after {self.timeout:.0f} s ({_counted(states)}): the server's log "
+                    "says why"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _call(self, method: str, path: str, **parameters: Any) -> Any:
+        try:
+            response = requests.request(
+                method,
+                self.address + path,
+                params={k: v for k, v in parameters.items() if v is not None},
+                headers=bearer("management", self.key_file),
+                timeout=REQUEST_SECONDS,
+            )
+        except requests.ConnectionError:
+            raise ManagementError(f"nothing answers at {self.address}: is the server running, and is this its management address?") from None
+        except requests.RequestException as error:
+            raise ManagementError(f"{self.address}: {error}") from None
+        try:
+            answer = response.json()
+        except ValueError:
+            raise ManagementError(f"{self.address} is no TorchServe: it answers with status {response.status_code}") from None
+        if response.ok:
+            return answer
+        if answer.get("type") == "InvalidKeyException":
+            raise ManagementError(
+                f"the server wants a token: name the key file it wrote when it started, with --key-file or {KEY_FILE}"
+            )
+        raise ManagementError(f"{answer.get('message', answer)} (status {response.status_code})")
+
+
+def _counted(states: list[str]) -> str:
+    """`2 READY, 1 WORKER_STARTED`"""
+    return ", ".join(f"{number} {state}" for state, number in sorted(Counter(states).items())) or "no workers"
+
+
+def _line(version: dict[str, Any]) -> str:
+    """A version in one line."""
+    states = _counted([worker["status"] for worker in version["workers"]])
+    queue = version.get("jobQueueStatus", {}).get("pendingRequests", 0)
+    default = "default" if version.get("defaultVersion") else "-"
+    return f"{version['modelName']}\t{version['modelVersion']}\t{default}\t{states}\t{queue} waiting\t{version['modelUrl']}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--management", default=os.environ.get("TS_MANAGEMENT_ADDRESS", "http://127.0.0.1:8081"), metavar="URL")
+    parser.add_argument("--key-file", type=Path, help=f"key_file.json of a server with tokens; default: what {KEY_FILE} names")
+    parser.add_argument("--timeout", type=float, default=180, help="seconds that workers may take to start; default: 180")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    commands.add_parser("list", help="all models and versions, their workers and queues")
+    describe = commands.add_parser("describe", help="all that is known of a model, as JSON")
+    scale = commands.add_parser("scale", help="set the number of workers, and wait until they are ready")
+    register = commands.add_parser("register", help="add a model or a new version, and wait until it is ready")
+    set_default = commands.add_parser("set-default", help="send requests that name no version to this one")
+    unregister = commands.add_parser("unregister", help="take a version out when it has answered what it was asked")
+
+    for command in (describe, scale, set_default, unregister):
+        command.add_argument("model")
+    scale.add_argument("workers", type=int)
+    for command in (describe, scale):
+        command.add_argument("--version", help="default: the default version")
+    register.add_argument("archive", help="name of a .mar file in the server's model store")
+    register.add_argument("--model", default="caption", help="default: caption")
+    register.add_argument("--workers", type=int, default=1, help="default: 1")
+    set_default.add_argument("version")
+    unregister.add_argument("version", nargs="?", help="default: all versions")
+    unregister.add_argument("--settle", type=float, metavar="SECONDS", help="default: the version's response timeout")
+
+    arguments = parser.parse_args()
+    if getattr(arguments, "workers", 0) < 0:
+        parser.error("the number of workers cannot be negative")
+    try:
+        _run(Management(arguments.management, key_file=arguments.key_file, timeout=arguments.timeout), arguments)
+    except ManagementError as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(management: Management, arguments: argparse.Namespace) -> None:
+    match arguments.command:
+        case "list":
+            for versions in management.models().values():
+                for version in versions:
+                    print(_line(version))
+        case "describe":
+            version = management.version(arguments.model, arguments.version, customized=True)
+            print(json.dumps(version, indent=2, ensure_ascii=False))
+        case "scale":
+            print(_line(management.scale(arguments.model, arguments.workers, arguments.version)))
+        case "register":
+            print(_line(management.register(arguments.archive, arguments.model, workers=arguments.workers)))
+        case "set-default":
+            management.set_default(arguments.model, arguments.version)
+            print(_line(management.version(arguments.model)))
+        case "unregister":
+            management.unregister(arguments.model, arguments.version, settle=arguments.settle)
+            print(f"{arguments.model} {arguments.version or '(all versions)'} is out of service")
+
+
+if __name__ == "__main__":
+    main()
