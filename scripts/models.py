@@ -21,7 +21,7 @@ from scripts.authorization import KEY_FILE, bearer
 from scripts.probe import POLL_SECONDS
 
 REQUEST_SECONDS = 30.0
-"""For one request to the API, which does nothing slow: it starts workers in the background."""
+"""For a request to the API that starts no worker."""
 
 
 class ManagementError(Exception):
@@ -51,7 +51,7 @@ class Management:
         return {name: self.versions(name) for name in dict.fromkeys(names)}
 
     def versions(self, name: str) -> list[dict[str, Any]]:
-        """The versions of a model, each as TorchServe describes it: `modelVersion`, `defaultVersion`, `workers`, …"""
+        """The versions of a model, each as TorchServe describes it: `modelVersion`, `workers`, `jobQueueStatus`, …"""
         found: list[dict[str, Any]] = self._call("GET", f"/models/{name}/all")
         return found
 
@@ -60,6 +60,10 @@ class Management:
         path = f"/models/{name}" + (f"/{version}" if version else "")
         (found,) = self._call("GET", path, customized="true" if customized else None)
         return dict(found)
+
+    def default(self, name: str) -> str:
+        """The version that answers requests which name none."""
+        return str(self.version(name)["modelVersion"])
 
     def scale(self, name: str, workers: int, version: str | None = None) -> dict[str, Any]:
         """Give a version so many workers, and wait until they are READY. Gives the version's description.
@@ -74,25 +78,26 @@ class Management:
         """Add the version in `archive`, a file name in the server's model store, beside the others of the model.
 
         The version gets requests by its number only, until `set_default`; a model's first version is its default at once.
-        A version that does not become ready is taken out again.
+        A version that does not become ready is taken out again, by TorchServe or by this. A server that is not meant to be
+        changed refuses it: `enable_model_api` in its configuration.
         """
-        before = {v["modelVersion"] for v in self._versions_or_none(name)}
+        before = {v["modelVersion"] for v in self.models().get(name, [])}
         self._call("POST", "/models", url=archive, model_name=name, initial_workers=0)
         added = [v["modelVersion"] for v in self.versions(name) if v["modelVersion"] not in before]
         if len(added) != 1:  # somebody else does the same
             raise ManagementError(f"{archive} is registered, but as which version is unclear: new are {added}")
         try:
             return self.scale(name, workers, added[0])
-        except ManagementError:
+        except ManagementError as error:
             self._call("DELETE", f"/models/{name}/{added[0]}")
-            raise
+            raise ManagementError(f"{archive} cannot be served, and is taken out again: {error}") from None
 
     def set_default(self, name: str, version: str) -> None:
         """Send the requests that name no version to this one from now on. Refused while it has no worker that is READY."""
         states = Counter(worker["status"] for worker in self.version(name, version)["workers"])
         if not states["READY"]:
             raise ManagementError(
-                f"version {version} of {name} has no worker that is ready: give it some with `scale {name} 1 --version {version}`"
+                f"version {version} of {name} has no worker that is ready: `scale {name} 1 --version {version}` gives it one"
             )
         self._call("PUT", f"/models/{name}/{version}/set-default")
 
@@ -102,8 +107,9 @@ class Management:
         settle: seconds between the empty queue and the end. TorchServe does not tell what its workers work on; by default
         it is the version's response timeout, after which nothing can be left.
         """
+        default, others = self.default(name), len(self.versions(name)) > 1
         doomed = [self.version(name, version)] if version else self.versions(name)
-        if version and doomed[0].get("defaultVersion") and len(self.versions(name)) > 1:
+        if version == default and others:
             raise ManagementError(f"{version} is the default version of {name}: make another one that, with `set-default`")
         if any(v["workers"] for v in doomed):
             deadline = time.monotonic() + self.timeout
@@ -114,11 +120,8 @@ class Management:
                 doomed = [self.version(name, v["modelVersion"]) for v in doomed]
             time.sleep(max(v.get("responseTimeout", 120) for v in doomed) if settle is None else settle)
         # The default version goes last: as long as there are others, TorchServe does not let it go.
-        for one in sorted(doomed, key=lambda v: bool(v.get("defaultVersion"))):
+        for one in sorted(doomed, key=lambda v: bool(v["modelVersion"] == default)):
             self._call("DELETE", f"/models/{name}/{one['modelVersion']}")
-
-    def _versions_or_none(self, name: str) -> list[dict[str, Any]]:
-        return self.models().get(name, [])
 
     def _wait_for_workers(self, name: str, version: str | None, wanted: int) -> dict[str, Any]:
         deadline = time.monotonic() + self.timeout
@@ -129,8 +132,7 @@ class Management:
                 return described
             if time.monotonic() > deadline:
                 raise ManagementError(
-                    f"{wanted} workers of {name} are not ready after {self.timeout:.0f} s ({_counted(states)}): the server's log "
-                    "says why"
+                    f"after {self.timeout:.0f} s {name} has {_counted(states)} instead of {wanted} READY: see its log"
                 )
             time.sleep(POLL_SECONDS)
 
@@ -141,10 +143,12 @@ class Management:
                 self.address + path,
                 params={k: v for k, v in parameters.items() if v is not None},
                 headers=bearer("management", self.key_file),
-                timeout=REQUEST_SECONDS,
+                timeout=REQUEST_SECONDS + (self.timeout if method in {"PUT", "POST"} else 0),
             )
         except requests.ConnectionError:
-            raise ManagementError(f"nothing answers at {self.address}: is the server running, and is this its management address?") from None
+            raise ManagementError(
+                f"nothing answers at {self.address}: is the server running, and is this its management address?"
+            ) from None
         except requests.RequestException as error:
             raise ManagementError(f"{self.address}: {error}") from None
         try:
@@ -153,6 +157,8 @@ class Management:
             raise ManagementError(f"{self.address} is no TorchServe: it answers with status {response.status_code}") from None
         if response.ok:
             return answer
+        if response.status_code == 405:
+            raise ManagementError("this server does not let models be changed: start it with TS_ENABLE_MODEL_API=true")
         if answer.get("type") == "InvalidKeyException":
             raise ManagementError(
                 f"the server wants a token: name the key file it wrote when it started, with --key-file or {KEY_FILE}"
@@ -165,12 +171,12 @@ def _counted(states: list[str]) -> str:
     return ", ".join(f"{number} {state}" for state, number in sorted(Counter(states).items())) or "no workers"
 
 
-def _line(version: dict[str, Any]) -> str:
-    """A version in one line."""
+def _line(version: dict[str, Any], default: str) -> str:
+    """A version in one line: model, version, whether it is the default, workers, queue, archive."""
     states = _counted([worker["status"] for worker in version["workers"]])
     queue = version.get("jobQueueStatus", {}).get("pendingRequests", 0)
-    default = "default" if version.get("defaultVersion") else "-"
-    return f"{version['modelName']}\t{version['modelVersion']}\t{default}\t{states}\t{queue} waiting\t{version['modelUrl']}"
+    role = "default" if version["modelVersion"] == default else "-"
+    return f"{version['modelName']}\t{version['modelVersion']}\t{role}\t{states}\t{queue} waiting\t{version['modelUrl']}"
 
 
 def main() -> None:
@@ -209,21 +215,24 @@ def main() -> None:
 
 
 def _run(management: Management, arguments: argparse.Namespace) -> None:
+    def show(version: dict[str, Any]) -> None:
+        print(_line(version, management.default(version["modelName"])))
+
     match arguments.command:
         case "list":
             for versions in management.models().values():
                 for version in versions:
-                    print(_line(version))
+                    show(version)
         case "describe":
             version = management.version(arguments.model, arguments.version, customized=True)
             print(json.dumps(version, indent=2, ensure_ascii=False))
         case "scale":
-            print(_line(management.scale(arguments.model, arguments.workers, arguments.version)))
+            show(management.scale(arguments.model, arguments.workers, arguments.version))
         case "register":
-            print(_line(management.register(arguments.archive, arguments.model, workers=arguments.workers)))
+            show(management.register(arguments.archive, arguments.model, workers=arguments.workers))
         case "set-default":
             management.set_default(arguments.model, arguments.version)
-            print(_line(management.version(arguments.model)))
+            show(management.version(arguments.model))
         case "unregister":
             management.unregister(arguments.model, arguments.version, settle=arguments.settle)
             print(f"{arguments.model} {arguments.version or '(all versions)'} is out of service")

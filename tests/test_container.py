@@ -1,0 +1,252 @@
+"""The image from the Dockerfile, really built and run: read-only, not as root, without a network.
+
+`scripts/build-image` builds it without a Docker daemon; the tests talk to the service from inside the container. The first
+build takes some minutes, later ones come from the cache in build/containers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from handler.checkpoint import Checkpoint, save_checkpoint
+from scripts.package_mar import package
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+STORAGE = ROOT / "build/containers"
+MEMORY = "2g"
+CAT = (ROOT / "samples/cat.jpg").read_bytes()
+CLIENT = """
+import sys, requests
+from scripts.authorization import bearer
+headers = {"Content-Type": "image/jpeg"} | (bearer("inference") if "--token" in sys.argv else {})
+answer = requests.post("http://127.0.0.1:8080" + sys.argv[1], data=sys.stdin.buffer.read(), headers=headers, timeout=60)
+print(answer.status_code, answer.text)
+"""
+"""Sends its standard input, and prints the status and the body of the answer."""
+BUSY_CLIENT = """
+import sys, threading, time, requests
+from scripts.authorization import bearer
+headers, photo = {"Content-Type": "image/jpeg"} | bearer("inference"), sys.stdin.buffer.read()
+def ask(_):
+    try:
+        status = requests.post("http://127.0.0.1:8080/predictions/caption", data=photo, headers=headers, timeout=60).status_code
+    except requests.RequestException as error:
+        status = type(error).__name__
+    print(status, time.time(), flush=True)
+threads = [threading.Thread(target=ask, args=(i,)) for i in range(int(sys.argv[1]))]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+"""Sends its standard input many times at once, and prints the status and the time of each answer."""
+
+
+def podman(*arguments: object, check: bool = True, **options: Any) -> subprocess.CompletedProcess[Any]:
+    command = ["bash", "-c", '. "$0/environment" && exec podman --runtime runc "$@"', str(STORAGE), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, check=False, timeout=120, **options)
+    assert not check or done.returncode == 0, (arguments, done.stdout, done.stderr)
+    return done
+
+
+@dataclass(frozen=True)
+class Container:
+    name: str
+    ready_after: float
+    """Seconds."""
+
+    def python(self, program: str, *arguments: object, data: bytes = b"") -> str:
+        done = podman("exec", "--interactive", self.name, "python", "-c", program, *arguments, input=data)
+        return str(done.stdout.decode())
+
+    def request(self, path: str, data: bytes = CAT, *, token: bool = True) -> tuple[int, Any]:
+        status, _, body = self.python(CLIENT, path, *(["--token"] if token else []), data=data).partition(" ")
+        return int(status), json.loads(body)
+
+    def inspect(self) -> dict[str, Any]:
+        (found,) = json.loads(podman("inspect", self.name).stdout)
+        return dict(found)
+
+
+def run(image: str, *options: object) -> Iterator[Container]:
+    """A container with as little as it may have, ready; what is said in `options` comes on top."""
+    name = f"caption-{uuid.uuid4().hex[:8]}"
+    began = time.monotonic()
+    podman(
+        *("run", "--detach", "--name", name, "--pull=never", "--network", "none", "--memory", MEMORY, "--cap-drop", "all"),
+        *("--read-only", "--tmpfs", "/tmp:rw,mode=1777", "--security-opt", "no-new-privileges", "--health-interval=disable"),
+        *("--ulimit", "nofile=20000:20000", "--ulimit", "nproc=32768:32768"),
+        *options,
+        image,
+    )
+    try:
+        assert podman("healthcheck", "run", name, check=False).returncode != 0, "healthy before the model was loaded"
+        while podman("healthcheck", "run", name, check=False).returncode != 0:
+            assert podman("inspect", "--format", "{{.State.Running}}", name).stdout.strip() == b"true", logs(name)
+            assert time.monotonic() < began + 180, logs(name)
+            time.sleep(0.5)
+        yield Container(name, time.monotonic() - began)
+    finally:
+        podman("rm", "--force", "--time", "0", name)
+
+
+def logs(name: str) -> str:
+    done = podman("logs", name)
+    return str((done.stdout + done.stderr).decode())
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    command = [ROOT / "scripts/build-image", "--tag", "caption-test"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+    if done.returncode == 3 and os.environ.get("CI") != "true":
+        pytest.skip(f"no image can be built here: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return "localhost/caption-test"
+
+
+@pytest.fixture(scope="module")
+def container(image: str) -> Iterator[Container]:
+    yield from run(image)
+
+
+def test_size_and_time_to_ready(image: str, container: Container, capsys: pytest.CaptureFixture[str]) -> None:
+    size = int(podman("image", "inspect", "--format", "{{.Size}}", image).stdout)
+    with capsys.disabled():
+        print(f"\nimage: {size / 1e6:.0f} MB, ready after {container.ready_after:.1f} s")
+    assert size < 2e9, "did CUDA come with torch?"
+
+
+def test_it_has_no_rights(container: Container) -> None:
+    """Neither root, nor capabilities, nor a file system to write to, nor a network; and an init that reaps."""
+    status = dict(
+        line.split(":\t", 1) for line in container.python("print(open('/proc/1/status').read())").splitlines() if ":\t" in line
+    )
+    assert status["Name"] == "tini"
+    assert status["Uid"].split() == status["Gid"].split() == ["10001"] * 4
+    assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    for path in ("/srv/caption/model_store/x", "/opt/venv/x", "/x", "/usr/local/bin/x"):
+        refused = podman("exec", container.name, "touch", path, check=False)
+        assert refused.returncode != 0, path
+    assert container.python("import os; print(*os.listdir('/sys/class/net'))").split() == ["lo"]
+
+
+def test_it_has_only_what_serving_needs(container: Container) -> None:
+    found = container.python("""
+import importlib.util, shutil
+print([m for m in ("pytest", "matplotlib", "pycocotools", "h5py", "ray", "mypy") if importlib.util.find_spec(m)])
+print([p for p in ("gcc", "cc", "make", "git", "curl", "javac") if shutil.which(p)])
+""")
+    assert found.split() == ["[]", "[]"]
+
+
+def test_only_the_inference_port_is_open(container: Container) -> None:
+    """Management could replace the model: it listens on the container's loopback alone, as do metrics and gRPC."""
+    listening = container.python("""
+import psutil
+for c in psutil.net_connections("tcp"):
+    if c.status == psutil.CONN_LISTEN and not c.laddr.ip.endswith("127.0.0.1"):
+        print(c.laddr.port)
+""")
+    assert listening.split() == ["8080"]
+
+
+def test_a_photo_is_captioned(container: Container) -> None:
+    status, body = container.request("/predictions/caption")
+    assert status == 200
+    assert len(body["captions"]) == 5
+    assert body["image"] == {"width": 451, "height": 300, "format": "JPEG"}
+
+
+def test_without_a_token_nothing_is_answered(container: Container) -> None:
+    status, body = container.request("/predictions/caption", token=False)
+    assert status in {400, 401}
+    assert "captions" not in body
+    done = podman("exec", container.name, "python", "-m", "scripts.models", "--key-file", "/dev/null", "list", check=False)
+    assert b"--key-file" in done.stderr
+
+
+def test_models_are_managed_from_inside(container: Container) -> None:
+    listed = podman("exec", container.name, "python", "-m", "scripts.models", "list").stdout.decode()
+    assert listed.split("\t")[:4] == ["caption", "1.0", "default", "1 READY"]
+
+
+def test_the_heaviest_images_stay_within_the_memory(container: Container) -> None:
+    """50 megapixels in formats that cannot be decoded at a smaller scale, one after the other."""
+    made = container.python(
+        """
+import io, sys, requests
+from PIL import Image
+from scripts.authorization import bearer
+photo = Image.open(io.BytesIO(sys.stdin.buffer.read())).resize((9000, 5500))
+for kind in ("WEBP", "PNG", "JPEG"):
+    file = io.BytesIO()
+    photo.save(file, kind, quality=30, **({"method": 0} if kind == "WEBP" else {"compress_level": 1} if kind == "PNG" else {}))
+    if file.tell() < 20 * 2**20:
+        answer = requests.post("http://127.0.0.1:8080/predictions/caption", data=file.getvalue(), headers=bearer("inference"))
+        print(kind, answer.status_code)
+""",
+        data=CAT,
+    )
+    statuses = dict(line.split() for line in made.splitlines())
+    assert set(statuses.values()) <= {"200", "413"}, statuses  # 413 where this machine needs longer than a request may take
+    assert not container.inspect()["State"]["OOMKilled"]
+    assert container.request("/predictions/caption")[0] == 200
+
+
+def test_the_other_model_is_served_and_sagemaker_understands_it(image: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A .mar that is mounted to /opt/ml/model replaces the embedded one; `/ping` and `/invocations` on port 8080."""
+    parts = {"vocabulary": checkpoint.vocabulary, "encoder": checkpoint.encoder, "decoder": checkpoint.decoder}
+    config = checkpoint.config.model_copy(update={"version": "7.0"})
+    save_checkpoint(tmp_path / "checkpoint", config=config, **parts)  # type: ignore[arg-type]
+    model_config = ROOT / "deploy/torchserve/model-config.yaml"
+    package(tmp_path / "checkpoint", tmp_path / "model/photos.mar", name="photos", model_config=model_config)
+    (tmp_path / "model/photos.mar").chmod(0o644)
+    for folder in (tmp_path.parent, tmp_path, tmp_path / "model"):
+        folder.chmod(0o755)
+    options = ("--volume", f"{tmp_path}/model:/opt/ml/model:ro", "--env", "TS_DISABLE_TOKEN_AUTHORIZATION=true")
+    for container in run(image, *options):
+        ping = container.python("import requests; print(requests.get('http://127.0.0.1:8080/ping', timeout=2).status_code)")
+        assert ping.strip() == "200"
+        status, body = container.request("/invocations?beam_size=2", token=False)
+        assert status == 200
+        assert (body["model"]["name"], body["model"]["version"]) == ("photos", "7.0")
+        assert len(body["captions"]) <= 2
+
+
+def test_sigterm_ends_it_in_time_and_loses_no_request(container: Container) -> None:
+    """The last test of this container. Docker kills ten seconds after SIGTERM."""
+    requests_at_once = 24
+    command = ["bash", "-c", '. "$0/environment" && exec podman --runtime runc "$@"', str(STORAGE)]
+    client = subprocess.Popen(
+        [*command, "exec", "--interactive", container.name, "python", "-c", BUSY_CLIENT, str(requests_at_once)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert client.stdin is not None
+    assert client.stdout is not None
+    client.stdin.write(CAT)
+    client.stdin.close()
+    answers = [client.stdout.readline().split()]  # the first is answered: the others are being worked on
+    signalled = time.time()
+    podman("kill", "--signal", "TERM", container.name)
+    podman("wait", container.name)
+    ended = time.time()
+    answers += [line.split() for line in client.stdout]
+    client.stdout.close()
+    client.wait()
+    assert [status for status, _ in answers] == [b"200"] * requests_at_once
+    assert max(float(when) for _, when in answers) > signalled, "nothing was in flight: the test shows nothing"
+    assert ended - signalled < 10
+    assert "stopping when the requests in flight are answered" in logs(container.name)
