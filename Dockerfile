@@ -7,6 +7,8 @@ ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
 # What runs beside Python: Java for TorchServe's frontend, and an init. Without an init as process 1 the JVM's orphans are
 # never reaped and SIGTERM is ignored until the runtime kills the container.
 FROM ${BASE_IMAGE} AS runtime
+# Debian's versions leave its mirrors when they are replaced: pinning them would break every later build.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends openjdk-17-jre-headless tini \
     && rm -rf /var/lib/apt/lists/* /var/log/*
@@ -18,6 +20,7 @@ ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 WORKDIR /build
 COPY requirements/constraints.txt requirements/serve.txt requirements/
 # torchvision comes from PyPI in either case, as scripts/setup does it: it is needed for its model definition alone.
+# hadolint ignore=DL3003,SC2046
 RUN set -eu; \
     python -m venv --without-pip /opt/venv; \
     pip="python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check"; \
@@ -35,19 +38,17 @@ RUN set -eu; \
 FROM packages AS model
 # A checkpoint's directory, in this checkout.
 ARG CHECKPOINT=weights/en
-ARG MODEL_NAME=caption
 ENV PATH=/opt/venv/bin:$PATH
 COPY handler handler
 COPY scripts/__init__.py scripts/package_mar.py scripts/
 COPY deploy/torchserve/model-config.yaml deploy/torchserve/
 # A checkpoint may name files outside of its directory, such as the encoder that several share.
 COPY weights weights
-RUN python -m scripts.package_mar --checkpoint "$CHECKPOINT" --name "$MODEL_NAME" --output "model_store/$MODEL_NAME.mar"
+RUN python -m scripts.package_mar --checkpoint "$CHECKPOINT"
 
 FROM runtime
 ARG VERSION=1.0.0
 ARG REVISION=unknown
-ARG MODEL_NAME=caption
 LABEL org.opencontainers.image.title="caption-server" \
       org.opencontainers.image.description="Captions for photos: ResNet50 and LSTM with beam search, served by TorchServe" \
       org.opencontainers.image.licenses="MIT" \
@@ -64,13 +65,12 @@ COPY --from=model /build/model_store model_store
 # The inference port is the image's purpose; management and metrics stay on the container's loopback unless a deployment
 # opens them. Tokens are on, since whoever runs the image with a published port opens it to the network: see
 # docs/deploy/docker.md for the keys. A key lives as long as its container (the number is ten years, in minutes).
+# hadolint ignore=DL3064
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/tmp \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    CAPTION_MODEL=${MODEL_NAME} \
     CAPTION_KEY_FILE=/tmp/key_file.json \
-    TS_LOAD_MODELS=${MODEL_NAME}.mar \
     TS_INFERENCE_ADDRESS=http://0.0.0.0:8080 \
     TS_DISABLE_TOKEN_AUTHORIZATION=false \
     TS_TOKEN_EXPIRATION_MIN=5256000
