@@ -1,6 +1,6 @@
 """Caption many photos with Ray Data, on this machine or on a cluster: `python -m scripts.bulk_caption --help`.
 
-    OUTPUT/job.json             model, parameters and form of the results
+    OUTPUT/_job.json            model, parameters and form of the results
     OUTPUT/captions-KEY.parquet one row a photo, also for those that could not be read
 
 Photos go through in shards. A worker writes the results of a shard whole or not at all, into a file whose name follows
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,8 +39,9 @@ from handler.parameters import Parameters, describe, parse_parameters
 from scripts.caption import BATCH, ROOT, SUFFIXES
 
 SHARD = 128
-"""Photos that are lost and done again when a worker dies; also the rows of a file."""
-JOB = "job.json"
+"""Photos that are done again when a worker dies; also the rows of a file."""
+JOB = "_job.json"
+"""Readers of Parquet folders pass over names with an underscore."""
 IMAGE_COLUMNS = ("image", "bytes", "image_bytes")
 SCHEMA = pa.schema(
     {
@@ -220,29 +222,28 @@ def check_job(store: Store, job: dict[str, Any]) -> None:
         raise JobError(f"{store.uri} has results of another job, with another {', '.join(changed)}: choose another folder")
 
 
-def caption_all(photos: Sequence[Photo], store: Store, *, worker: dict[str, Any], form: str, workers: int, threads: int) -> int:
-    """Caption what is not done yet, and show how it goes. Gives the number of photos that could not be read.
+def caption_shards(
+    shards: Sequence[dict[str, str]], bar: tqdm[Any], *, worker: dict[str, Any], workers: int, threads: int
+) -> int:
+    """Caption the shards on the Ray cluster that is connected to. Gives the number of photos that could not be read.
 
-    worker: the arguments of ShardCaptioner that are not given here.
+    worker: the arguments of ShardCaptioner.
     """
-    done = finished(store)
-    shards = list(shards_of([photo for photo in photos if photo.name not in done], form))
-    remaining = sum(photo.name not in done for photo in photos)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    results = ray.data.from_items(shards, override_num_blocks=max(1, len(shards))).map(
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    results = ray.data.from_items(list(shards), override_num_blocks=len(shards)).map(
         ShardCaptioner,  # type: ignore[arg-type]  # a class that Ray calls in each worker
-        fn_constructor_kwargs=worker | {"output": store.uri, "form": form, "threads": threads},
-        compute=ray.data.ActorPoolStrategy(size=min(workers, max(1, len(shards))), max_tasks_in_flight_per_actor=2),
+        fn_constructor_kwargs=worker | {"threads": threads},
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(shards)), max_tasks_in_flight_per_actor=2),
         num_cpus=threads,
         num_gpus=1 if ray.cluster_resources().get("GPU") else 0,
     )
     failed = 0
-    interval = 0.5 if sys.stderr.isatty() else 10
-    with tqdm(total=len(photos), initial=len(photos) - remaining, unit="photo", mininterval=interval) as bar:
-        for shard in results.iter_rows() if shards else ():
-            failed += shard["failed"]
-            bar.set_postfix(unreadable=failed, refresh=False)
-            bar.update(shard["photos"])
+    for shard in results.iter_rows():
+        failed += shard["failed"]
+        bar.set_postfix(unreadable=failed, refresh=False)
+        bar.update(shard["photos"])
     return failed
 
 
@@ -309,6 +310,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "weights/en", help="default: the embedded English model")
     parser.add_argument("--workers", type=int, help="default: as many as there are cores, or GPUs")
     parser.add_argument("--threads", type=int, default=1, help="cores for each worker; default: 1, which loses least")
+    parser.add_argument("--shard", type=int, default=SHARD, help="photos in a file of results; default: %(default)s")
     parser.add_argument("--address", help="of a Ray cluster, or `auto`; default: this machine")
     for name, field in Parameters.model_fields.items():
         kind = str if name == "language" else float if "float" in str(field.annotation) else int
@@ -326,15 +328,27 @@ def main() -> None:
         check_job(store, {"model": manifest.digest, "parameters": parameters, "format": arguments.format})
     except (CaptionError, JobError, OSError, pa.ArrowInvalid) as error:
         parser.error(str(error))
-    if arguments.address:
-        ray.init(address=arguments.address)
-    else:
-        ray.init(num_cpus=(arguments.workers or os.cpu_count() or 1) * arguments.threads, include_dashboard=False)
-    resources = ray.cluster_resources()
-    workers = arguments.workers or int(resources.get("GPU") or resources["CPU"] // arguments.threads) or 1
-    worker = {"checkpoint": str(checkpoint), "parameters": parameters}
-    failed = caption_all(photos, store, worker=worker, form=arguments.format, workers=workers, threads=arguments.threads)
-    print(f"{len(photos)} photos are in {arguments.output}; {failed} of this run's could not be read, see their column `error`")
+    done = finished(store)
+    remaining = [photo for photo in photos if photo.name not in done]
+    worker = {"checkpoint": str(checkpoint), "parameters": parameters, "output": store.uri, "form": arguments.format}
+    failed = 0
+    if remaining:
+        logging.getLogger("ray").setLevel(logging.WARNING)
+        if arguments.address:
+            ray.init(address=arguments.address, logging_level="warning")
+        else:
+            cores = (arguments.workers or os.cpu_count() or 1) * arguments.threads
+            ray.init(num_cpus=cores, include_dashboard=False, logging_level="warning")
+        resources = ray.cluster_resources()
+        workers = arguments.workers or int(resources.get("GPU") or resources["CPU"] // arguments.threads) or 1
+        shards = list(shards_of(remaining, arguments.format, arguments.shard))
+        start, interval = len(photos) - len(remaining), 0.5 if sys.stderr.isatty() else 10
+        with tqdm(total=len(photos), initial=start, unit="photo", mininterval=interval) as bar:
+            failed = caption_shards(shards, bar, worker=worker, workers=workers, threads=arguments.threads)
+    print(
+        f"{len(photos)} photos are in {arguments.output}, {len(remaining)} of them new; "
+        f"{failed} of the new ones could not be read: their column `error` says why"
+    )
 
 
 if __name__ == "__main__":
