@@ -335,10 +335,10 @@ def main() -> None:
     if remaining:
         logging.getLogger("ray").setLevel(logging.WARNING)
         if arguments.address:
-            ray.init(address=arguments.address, logging_level="warning")
+            ray.init(address=arguments.address, logging_level=logging.WARNING)
         else:
             cores = (arguments.workers or os.cpu_count() or 1) * arguments.threads
-            ray.init(num_cpus=cores, include_dashboard=False, logging_level="warning")
+            ray.init(num_cpus=cores, include_dashboard=False, logging_level=logging.WARNING)
         resources = ray.cluster_resources()
         workers = arguments.workers or int(resources.get("GPU") or resources["CPU"] // arguments.threads) or 1
         shards = list(shards_of(remaining, arguments.format, arguments.shard))
