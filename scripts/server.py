@@ -120,7 +120,8 @@ class TorchServe:
         """
         if self._process is None or self._process.poll() is not None:
             return
-        frontend = psutil.Process(self._process.pid)
+        launcher = psutil.Process(self._process.pid)
+        frontend = next(iter(launcher.children()), launcher)  # Java: `ts.model_server` only starts it and waits
         port = int(self.address("inference").rpartition(":")[2].strip("/"))
         deadline = time.monotonic() + seconds
         busy, used = time.monotonic(), _cpu_seconds(frontend)

@@ -166,16 +166,17 @@ def test_a_pod_goes_without_losing_a_request(rendered: list[Manifest]) -> None:
         assert int(seconds) + float(drain) + 5 <= pod["terminationGracePeriodSeconds"]
 
 
-def test_probes_ask_for_readiness_and_have_patience(rendered: list[Manifest]) -> None:
+def test_probes_ask_the_right_question_and_have_patience(rendered: list[Manifest]) -> None:
     """Liveness must wait longer than TorchServe tries by itself to start a worker again."""
+    questions = {"startupProbe": [], "readinessProbe": ["--readiness"], "livenessProbe": ["--liveness"]}
     retries = yaml.safe_load((DEPLOY / "torchserve/model-config.yaml").read_text())
     servers = [pod["containers"][0] for pod in pods(rendered) if pod["containers"][0]["name"] == "caption"]
     servers += [pod["containers"][0] for name, pod in serverless().items() if name != "cloud-run.yaml"]
     assert len(servers) == 3
     for server in servers:
-        for name in ("readinessProbe", "livenessProbe", "startupProbe"):
-            if name in server:
-                assert server[name]["exec"]["command"][:3] == ["python", "-m", "scripts.probe"]
+        for name in questions.keys() & server.keys():
+            assert server[name]["exec"]["command"] == ["python", "-m", "scripts.probe", *questions[name]]
+            assert server[name]["timeoutSeconds"] >= 10  # what the probe itself takes before it says why not
         live = server["livenessProbe"]
         assert live["periodSeconds"] * live["failureThreshold"] > retries["maxRetryTimeoutInSec"]
         start = server.get("startupProbe") or server["readinessProbe"]
