@@ -8,11 +8,14 @@ and nginx alone.
 from __future__ import annotations
 
 import argparse
+import grp
 import importlib.util
 import os
+import pwd
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -64,6 +67,10 @@ class Edge:
         host, _, port = self.settings["EDGE_LISTEN"].split()[0].rpartition(":")
         return f"http://{'127.0.0.1' if host in ('', '0.0.0.0', '*', '[::]') else host}:{port}"
 
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
     def start(self) -> None:
         """Start nginx and return when it answers. Raises EdgeError when it cannot, after its own words on stderr."""
         nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
@@ -71,6 +78,7 @@ class Edge:
             raise EdgeError("nginx is missing: install it, on Debian and Ubuntu `apt-get install nginx`")
         self._folder = Path(tempfile.mkdtemp(prefix="edge-"))
         try:
+            self._check_port()
             self._lay_out(self._folder)
             command = [nginx, "-e", "stderr", "-p", str(self._folder), "-c", str(self._folder / "nginx.conf")]
             # A session of its own: Ctrl-C in the terminal reaches this process only, which then stops nginx in order.
@@ -80,11 +88,8 @@ class Edge:
             self.stop()
             raise
 
-    def check_alive(self) -> None:
-        """Raises EdgeError when nginx has ended."""
-        status = None if self._process is None else self._process.poll()
-        if status is not None:
-            raise EdgeError(f"nginx has ended with status {status}; the reason stands above")
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
         """End nginx: when the requests in flight are answered, or after a while by force. Safe to call twice."""
@@ -124,16 +129,28 @@ class Edge:
             "EDGE_INCLUDE": str(folder),
             "EDGE_SOCKET": str(folder / "inside.sock"),
             "EDGE_WEB": str(web),
-            "EDGE_USER": "user www-data;" if is_root else "",
+            "EDGE_USER": f"user {_unprivileged_user()};" if is_root else "",
         }
         for name in ("nginx.conf", "caption.conf", *(["tls.conf"] if self.settings["EDGE_TLS_CERTIFICATE"] else [])):
             (folder / name).write_text(_filled((TEMPLATES / f"{name}.template").read_text(), values))
             (folder / name).chmod(0o600)
 
+    def _check_port(self) -> None:
+        host, port = self.url.removeprefix("http://").rsplit(":", 1)
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host.strip("[]"), int(port)))
+            except OSError as error:
+                raise EdgeError(
+                    f"port {port} (edge) cannot be used: {error.strerror}. Stop what uses it, or set EDGE_LISTEN"
+                ) from None
+
     def _wait_until_it_answers(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while True:
-            self.check_alive()
+            if not self.is_alive():
+                raise EdgeError("nginx has ended; the reason stands above")
             try:
                 urllib.request.urlopen(self.url, timeout=2).close()
                 return
@@ -149,6 +166,13 @@ def swagger_ui_directory() -> Path:
     if package is None or package.origin is None:
         raise EdgeError("Swagger UI is missing: run `scripts/setup web`")
     return Path(package.origin).parent / "dist"
+
+
+def _unprivileged_user() -> str:
+    """User and group of nginx's workers when it is started by root."""
+    known = {user.pw_name: user for user in pwd.getpwall()}
+    user = next(known[name] for name in ("www-data", "nginx", "nobody") if name in known)
+    return f"{user.pw_name} {grp.getgrgid(user.pw_gid).gr_name}"
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
@@ -169,18 +193,18 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog=(TEMPLATES / "edge.env").read_text(), formatter_class=argparse.RawTextHelpFormatter
-    ).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter)
+    parser.epilog = (TEMPLATES / "edge.env").read_text()
+    parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     edge = Edge()
     try:
         edge.start()
         print(f"ready: {edge.url}, in front of {edge.settings['EDGE_UPSTREAM']}", flush=True)
-        while True:
-            edge.check_alive()
+        while edge.is_alive():
             time.sleep(1)
+        sys.exit("error: nginx has ended; the reason stands above")
     except _Stopped:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)

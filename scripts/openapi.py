@@ -12,7 +12,6 @@ import json
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,9 @@ def document() -> dict[str, Any]:
     schemas = content["components"]["schemas"]
     schemas["V1Request"]["properties"]["instances"]["maxItems"] = serving.max_instances
     schemas["V2Request"]["properties"]["inputs"]["items"]["properties"]["data"]["maxItems"] = serving.max_instances
+    content["components"]["responses"] |= {
+        _response_name(status): _error_response(status, codes) for status, codes in error_codes().items()
+    }
     filled: dict[str, Any] = _filled(content)
     return filled
 
@@ -102,7 +104,7 @@ def _filled(node: Any) -> Any:
             meanings = {name: schema.pop("description") for name, schema in schemas.items()}
             return [{"name": n, "in": "query", "description": meanings[n], "schema": schema} for n, schema in schemas.items()]
         case "errors":
-            return rest | {str(status): _error_response(status, codes) for status, codes in error_codes().items()}
+            return rest | {str(s): {"$ref": f"#/components/responses/{_response_name(s)}"} for s in error_codes()}
         case "formats":
             return {"type": "string", "enum": list(FORMATS)}
         case None:
@@ -111,12 +113,16 @@ def _filled(node: Any) -> Any:
             raise ValueError(f"{FROM_CODE}: {unknown} stands for nothing")
 
 
+def _response_name(status: int) -> str:
+    return f"Error{status}"
+
+
 def _error_response(status: int, codes: set[str]) -> dict[str, Any]:
     names = ["X-Request-Id", *([HEADERS[status]] if status in HEADERS else [])]
     code = {"properties": {"error": {"properties": {"code": {"enum": sorted(codes)}}}}}
     schema = {"allOf": [{"$ref": "#/components/schemas/Error"}, code]}
     return {
-        "description": HTTPStatus(status).phrase,
+        "description": " or ".join(sorted(codes)),
         "headers": {name: {"$ref": f"#/components/headers/{name}"} for name in names},
         "content": {"application/json": {"schema": schema}},
     }

@@ -19,11 +19,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 
 from scripts.authorization import KEY_FILE
 from scripts.probe import POLL_SECONDS, not_ready
+
+if TYPE_CHECKING:
+    from scripts.edge import Edge
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_SECONDS = 20
@@ -232,6 +236,18 @@ def _signal(processes: list[psutil.Process], number: signal.Signals) -> None:
             continue
 
 
+def _started_edge(inference: str, model: str) -> Edge:
+    """The web page's server in front of TorchServe. Raises ServerError."""
+    from scripts.edge import Edge, EdgeError  # the container has neither it nor nginx
+
+    edge = Edge({"EDGE_UPSTREAM": inference.rpartition("/")[2], "EDGE_MODEL": model})
+    try:
+        edge.start()
+    except EdgeError as error:
+        raise ServerError(str(error)) from None
+    return edge
+
+
 class _Stopped(Exception):
     """SIGTERM or SIGINT has come."""
 
@@ -248,30 +264,41 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--model", default="caption", help="the model whose workers must be ready")
+    parser.add_argument("--web", action="store_true", help="start the edge with the web page as well; see docs/edge.md")
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     server = TorchServe(config=arguments.config, model=arguments.model)
+    edge: Edge | None = None
     try:
         began = time.monotonic()
         server.start()
         server.wait_until_ready()
         inference = server.address("inference")
+        if arguments.web:
+            edge = _started_edge(inference, arguments.model)
         print(
             f"ready after {time.monotonic() - began:.1f} s: {inference}\n"
             f"try   curl -F image=@samples/cat.jpg {inference}/predictions/{arguments.model}\n"
-            "stop  Ctrl-C",
+            + (f"web   {edge.url}\n" if edge else "")
+            + "stop  Ctrl-C",
             flush=True,
         )
         while True:
             server.check_alive()
+            if edge and not edge.is_alive():
+                raise ServerError("nginx has ended; the reason stands above")
             time.sleep(1)
     except _Stopped:
         print("stopping when the requests in flight are answered", flush=True)
+        if edge:
+            edge.stop()
         server.drain(float(os.environ.get("CAPTION_DRAIN_SECONDS", DRAIN_SECONDS)))
     except ServerError as error:
         sys.exit(f"error: {error}")
     finally:
+        if edge:
+            edge.stop()
         server.stop()
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from handler.config import DecoderConfig, ModelConfig, PreprocessingConfig
 from handler.decoder import Decoder
 from handler.encoder import Encoder
 from handler.vocabulary import Vocabulary
+from scripts.edge import Edge, EdgeError
 from scripts.server import TorchServe, free_settings
 
 # A busy machine is slow, which is no failure of what is tested.
@@ -104,4 +109,36 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
     )
     with TorchServe(free_settings() | {"model_store": str(store)}) as running:
         running.wait_until_ready()
+        yield running
+
+
+def missing(what: str) -> NoReturn:
+    """Skip the test on a machine that cannot run it; fail in CI, where scripts/setup installs everything."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
+    raise AssertionError  # neither returns
+
+
+@contextlib.contextmanager
+def running_edge(settings: dict[str, str]) -> Iterator[Edge]:
+    """An edge on a free port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        edge = Edge({"EDGE_LISTEN": f"127.0.0.1:{probe.getsockname()[1]}"} | settings)
+    try:
+        edge.start()
+    except EdgeError as error:
+        if "missing" not in str(error):
+            raise
+        missing(str(error))
+    try:
+        yield edge
+    finally:
+        edge.stop()
+
+
+@pytest.fixture(scope="session")
+def edge(server: TorchServe) -> Iterator[Edge]:
+    """The edge in front of `server`, with no rate limit that a test would meet."""
+    upstream = server.address("inference").removeprefix("http://")
+    with running_edge({"EDGE_UPSTREAM": upstream, "EDGE_RATE": "1000r/s", "EDGE_BURST": "1000"}) as running:
         yield running
