@@ -154,7 +154,13 @@ class Edge:
             try:
                 urllib.request.urlopen(self.url, timeout=2).close()
                 return
-            except (urllib.error.URLError, OSError) as error:
+            except urllib.error.HTTPError as error:
+                error.close()
+                raise EdgeError(
+                    f"nginx cannot read the page (status {error.code}). Started by root, its workers are another user: set "
+                    "TMPDIR to a directory that every user can reach, such as /tmp"
+                ) from None
+            except OSError as error:
                 if time.monotonic() > deadline:
                     raise EdgeError(f"nginx does not answer at {self.url}: {error}") from None
                 time.sleep(0.05)

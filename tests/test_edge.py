@@ -462,7 +462,15 @@ def printed_until(process: subprocess.Popen[str], beginning: str) -> list[str]:
     raise AssertionError("".join(lines))
 
 
-def test_any_user_can_run_it_and_nothing_is_left(stubbed: Edge, tmp_path: Path) -> None:
+@pytest.fixture
+def open_folder(tmp_path: Path) -> Path:
+    """A directory for temporary files that every user can reach, as /tmp is; pytest's own are private."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    return tmp_path
+
+
+def test_any_user_can_run_it_and_nothing_is_left(stubbed: Edge, open_folder: Path) -> None:
     python, more = sys.executable, {}
     if os.geteuid() == 0:
         more = {"user": "nobody", "group": "nogroup", "extra_groups": ()}
@@ -470,15 +478,17 @@ def test_any_user_can_run_it_and_nothing_is_left(stubbed: Edge, tmp_path: Path) 
         if not found:
             pytest.skip("nobody can read neither this checkout nor a Python")
         python = found[0]
-        for folder in (tmp_path, *tmp_path.parents[:2]):
-            folder.chmod(0o755)
-        shutil.chown(tmp_path, "nobody", "nogroup")
+        shutil.chown(open_folder, "nobody", "nogroup")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         listen = f"127.0.0.1:{probe.getsockname()[1]}"
-    settings = {"EDGE_LISTEN": listen, "EDGE_UPSTREAM": "127.0.0.1:1", "EDGE_SWAGGER_UI": str(tmp_path.parent / "swagger-ui")}
+    settings = {
+        "EDGE_LISTEN": listen,
+        "EDGE_UPSTREAM": "127.0.0.1:1",
+        "EDGE_SWAGGER_UI": str(open_folder.parent / "swagger-ui"),
+    }
     shutil.copytree(swagger_ui_directory(), settings["EDGE_SWAGGER_UI"], dirs_exist_ok=True)
-    process = run([python, "-m", "scripts.edge"], tmp_path, env=settings, **more)
+    process = run([python, "-m", "scripts.edge"], open_folder, env=settings, **more)
     try:
         assert f"ready: http://{listen}" in printed_until(process, "ready")[-1]
         assert requests.get(f"http://{listen}/app.js", timeout=10).status_code == 200
@@ -491,18 +501,18 @@ def test_any_user_can_run_it_and_nothing_is_left(stubbed: Edge, tmp_path: Path) 
         process.communicate()
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
-    assert not list(tmp_path.iterdir())
+    assert not list(open_folder.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_serve_with_web_starts_and_stops_both(server: TorchServe, stubbed: Edge, tmp_path: Path) -> None:
+def test_serve_with_web_starts_and_stops_both(server: TorchServe, stubbed: Edge, open_folder: Path) -> None:
     settings = free_settings() | {"model_store": server.settings["model_store"]}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         listen = f"127.0.0.1:{probe.getsockname()[1]}"
     environment = {f"TS_{key.upper()}": value for key, value in settings.items()} | {"EDGE_LISTEN": listen}
-    process = run([sys.executable, "-m", "scripts.server", "--web"], tmp_path, env=environment)
+    process = run([sys.executable, "-m", "scripts.server", "--web"], open_folder, env=environment)
     try:
         assert f"web   http://{listen}\n" in printed_until(process, "stop")
         assert requests.post(f"http://{listen}/predict", files={"image": CAT}, timeout=60).status_code == 200
@@ -515,4 +525,4 @@ def test_serve_with_web_starts_and_stops_both(server: TorchServe, stubbed: Edge,
         process.communicate()
     _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
-    assert not list(tmp_path.iterdir())
+    assert not list(open_folder.iterdir())
