@@ -64,7 +64,8 @@ def document() -> dict[str, Any]:
 def error_codes() -> dict[int, set[str]]:
     """The codes of each HTTP status: those of the handler and those of the edge."""
     codes: dict[int, set[str]] = defaultdict(set)
-    for error in (CaptionError, *_descendants(RequestError)):
+    errors: list[type[CaptionError]] = [CaptionError, *_descendants(RequestError)]
+    for error in errors:
         codes[error.status].add(error.code)
     for status, code in EDGE_ERRORS.items():
         codes[status].add(code)
