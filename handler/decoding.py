@@ -8,6 +8,7 @@ This module imports no torch, so that the process of `isolation.py` starts quick
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,8 @@ LONGEST_CROPPED = 32
 
 # `ImageLimits` is checked after the header and before the pixels. Pillow's own limit warns where ours should answer.
 Image.MAX_IMAGE_PIXELS = None
+# It also warns about damaged metadata, in words that differ from file to file: a log that clients could fill.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _UNSERVED_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"8BPS", "PSD"),
