@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from ts.metrics.dimension import Dimension
 
-from handler.captioner import Captioner, PreparedImage
+from handler.access_log import CLIENT_ID_ANSWERED, AccessLog, client_id, entry
+from handler.captioner import CaptionedImage, Captioner, PreparedImage
 from handler.checkpoint import load_checkpoint
 from handler.config import ServingConfig
 from handler.contract import (
@@ -30,14 +31,19 @@ from handler.contract import (
     error_answer,
 )
 from handler.errors import CaptionError
+from handler.parameters import Parameters
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_OUR_FAULT = "the server failed on this request; its log says more"
 
 
 class CaptionHandler:
     def initialize(self, context: Any) -> None:
         """Load the checkpoint of the .mar onto the worker's device and caption once, so that no client pays for it."""
+        # TorchServe reads its counters from the worker's log, and writes two lines of its own for each batch beside them.
+        for name, level in (("", logging.WARNING), ("ts", logging.INFO), ("handler", logging.INFO)):
+            logging.getLogger(name).setLevel(level)
         directory = Path(context.system_properties["model_dir"])
         self.serving = ServingConfig.model_validate((context.model_yaml_config or {}).get("caption", {}))
         gpu = context.system_properties.get("gpu_id")
@@ -46,33 +52,43 @@ class CaptionHandler:
         self.captioner = Captioner(checkpoint, device=device, limits=self.serving.limits, decoding=self.serving.decoding)
         self.parser = RequestParser(checkpoint.config, self.serving)
         version = context.manifest["model"]["modelVersion"]
+        self.access_log = AccessLog() if self.serving.access_log else None
         self.model = ModelInfo(context.model_name, str(version), checkpoint.digest)
         self.captioner.warm_up()
         logger.info("model %s %s %s on %s", self.model.name, self.model.version, self.model.digest, device)
 
     def handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes | dict[str, Any]]:
         """Answer each request of the batch by itself: neither an error nor a description touches the others."""
-        requests = [self._read(row, context, index) for index, row in enumerate(rows)]
+        began = time.perf_counter()
+        headers = [_headers(context, index) for index in range(len(rows))]
+        requests = [self._read(row, headers[index]) for index, row in enumerate(rows)]
         results = iter(self._caption([request for request in requests if isinstance(request, CaptionRequest)], context))
         answers: list[bytes | dict[str, Any]] = []
         for index, request in enumerate(requests):
             if isinstance(request, dict):
                 answers.append(request)
                 continue
+            found: list[Result] = []
             if isinstance(request, CaptionRequest):
-                status, body = answer(request, next(results), self.model)
+                found = next(results)
+                status, body = answer(request, found, self.model)
             else:
                 _count(context, "CaptionErrors", 1, code=request.code)
                 status, body = error_answer(request)
             if status != HTTPStatus.OK:
                 context.set_response_status(status, HTTPStatus(status).phrase, index)
             context.set_response_content_type(index, CONTENT_TYPE)
+            name = client_id(headers[index])
+            if name is not None:
+                context.set_response_header(index, CLIENT_ID_ANSWERED, name)
+            if self.access_log is not None:
+                identity = {"id": context.get_request_id(index), "client_id": name, "version": self.model.version}
+                ms = round((time.perf_counter() - began) * 1e3, 2)
+                self.access_log.add(entry(request, found, status=status, ms=ms, batch=len(rows), **identity))
             answers.append(body)
         return answers
 
-    def _read(self, row: dict[str, Any], context: Any, index: int) -> CaptionRequest | CaptionError | dict[str, Any]:
-        # A form field's own headers stand here under its name, as a dict.
-        headers = {k.lower(): v for k, v in context.get_all_request_header(index).items() if isinstance(v, str)}
+    def _read(self, row: dict[str, Any], headers: dict[str, str]) -> CaptionRequest | CaptionError | dict[str, Any]:
         # The management API asks for a description with this header. A client can send it too: with an image it is a
         # plain request all the same, and without one there is nothing to lose.
         if headers.get("describe") == "True" and not any(row.values()):
@@ -88,17 +104,30 @@ class CaptionHandler:
             for image in images
             if isinstance(image, PreparedImage)
         ]
-        captioned = self.captioner.caption([image for image, _ in good], [parameters for _, parameters in good])
+        answered = self._search([image for image, _ in good], [parameters for _, parameters in good])
+        captioned = [result for result in answered if isinstance(result, CaptionedImage)]
         if captioned:
-            _count(context, "CaptionedImages", len(good))
+            _count(context, "CaptionedImages", len(captioned))
             _count(context, "Captions", sum(len(result.captions) for result in captioned))
             _count(context, "DecodeMilliseconds", sum(image.decode_ms for image, _ in good))
             _count(context, "EncodeMilliseconds", captioned[0].encode_ms)
             _count(context, "SearchMilliseconds", captioned[0].search_ms)
-        for code, times in Counter(i.code for images in prepared for i in images if isinstance(i, CaptionError)).items():
+        remaining = iter(answered)
+        results = [[i if isinstance(i, CaptionError) else next(remaining) for i in images] for images in prepared]
+        for code, times in Counter(r.code for of_one in results for r in of_one if isinstance(r, CaptionError)).items():
             _count(context, "CaptionErrors", times, code=code)
-        remaining = iter(captioned)
-        return [[i if isinstance(i, CaptionError) else next(remaining) for i in images] for images in prepared]
+        return results
+
+    def _search(self, images: list[PreparedImage], parameters: list[Parameters]) -> list[Result]:
+        """Caption images together; should that fail, each by itself, so that the one at fault fails alone."""
+        try:
+            return list(self.captioner.caption(images, parameters))
+        except Exception:
+            if len(images) > 1:
+                logger.exception("a batch of %d images failed; trying them one by one", len(images))
+                return [self._search([i], [p])[0] for i, p in zip(images, parameters, strict=True)]
+            logger.exception("an image failed in a way that it should not")
+            return [CaptionError(_OUR_FAULT)]
 
     def _prepare(self, request: CaptionRequest) -> list[PreparedImage | CaptionError]:
         """Decode the images of a request in a time that does not depend on their number: a batch that takes longer than
@@ -121,7 +150,13 @@ def _guarded(read: Callable[[], T]) -> T | CaptionError:
         return error
     except Exception:
         logger.exception("a request failed in a way that it should not")
-        return CaptionError("the server failed on this request; its log says more")
+        return CaptionError(_OUR_FAULT)
+
+
+def _headers(context: Any, index: int) -> dict[str, str]:
+    """The headers of a request, their names in lower case."""
+    # A form field's own headers stand here under its name, as a dict.
+    return {k.lower(): v for k, v in context.get_all_request_header(index).items() if isinstance(v, str)}
 
 
 def _count(context: Any, name: str, value: float, **dimensions: str) -> None:

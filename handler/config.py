@@ -119,3 +119,5 @@ class ServingConfig(Config):
     decoding: DecodingConfig = DecodingConfig()
     max_instances: int = Field(default=32, ge=1)
     """Images in one JSON request."""
+    access_log: bool = True
+    """A line of JSON for each request; see handler/access_log.py."""

@@ -32,6 +32,8 @@ from handler.image import FORMATS
 from handler.parameters import Parameters, describe, from_text, parse_parameters
 
 CONTENT_TYPE = "application/json; charset=utf-8"
+MAX_JSON_VALUES = 10_000
+"""In one body. A megabyte of "[],[],…" becomes 50 megabytes of lists; 32 images and their parameters are 200 values."""
 IMAGE_FIELDS = ("image", "data", "file", "body")
 OUTPUTS = {"caption": "BYTES", "confidence": "FP32", "result": "BYTES"}
 """The tensors of a `v2` answer and their types."""
@@ -264,6 +266,9 @@ def _parsed(body: Any) -> Any:
         return body
     if not body:
         raise MissingImage(f"the request has no body: {_SEND_IMAGE}")
+    data = body.encode("utf-8", "replace") if isinstance(body, str) else body
+    if sum(data.count(mark) for mark in b"[{,") > MAX_JSON_VALUES:  # base64 has none of them
+        raise InvalidRequest(f"the JSON body has more than {MAX_JSON_VALUES:,} values: {_SEND_IMAGE}")
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -2,6 +2,10 @@
 
 Set-up is done by `scripts/serve`, which ends here; the container starts here. Everything that TorchServe starts is in one
 process group and in one temporary directory, so that neither a process nor a file stays behind.
+
+TorchServe can become a zombie: it stops restarting workers that keep dying, and then takes requests that it never answers.
+So this process captions an image from time to time. When that has not worked for a while it ends, with a message and a
+status other than 0, so that whatever runs it (Docker, Kubernetes, systemd) starts it anew.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from scripts.authorization import KEY_FILE
-from scripts.probe import POLL_SECONDS, not_ready
+from scripts.probe import POLL_SECONDS, no_answer, not_ready, switched_off, work_done
 
 if TYPE_CHECKING:
     from scripts.edge import Edge
@@ -35,6 +39,10 @@ DRAIN_SECONDS = 6.0
 """How long requests in flight may take to finish when the service is told to stop. With the end of the processes it is
 less than the ten seconds after which Docker kills."""
 QUIET_SECONDS = 0.75
+STALL_SECONDS = 120.0
+"""How long nothing may be captioned before the service ends itself. TorchServe ends a worker that hangs after
+`responseTimeout` (60 s) and starts another one, which must have time to load."""
+CANARY_SECONDS = 15.0
 CONFIG = ROOT / "config.properties"
 ADDRESSES = {"inference": "inference_address", "management": "management_address", "metrics": "metrics_address"}
 GRPC_PORTS = {"gRPC inference": 7070, "gRPC management": 7071}
@@ -86,6 +94,8 @@ class TorchServe:
         # alone, so that several servers live side by side and nothing is left when one ends.
         environment |= {"TMPDIR": str(self._folder), "TEMP": str(self._folder), "LOG_LOCATION": str(self._folder)}
         environment.pop("PYTHONPATH", None)  # it would win over the code in the .mar
+        # Its workers would parse JSON of any shape and size before the handler can refuse it.
+        environment["TS_DECODE_INPUT_REQUEST"] = "false"
         # It writes its keys to where it is started, which must be private and writable, so paths are given in full.
         environment |= {f"TS_{key.upper()}": str(ROOT / self._setting(key)) for key in ("model_store", "metrics_config")}
         command = [
@@ -137,12 +147,12 @@ class TorchServe:
             elif time.monotonic() - busy > QUIET_SECONDS:
                 break
 
-    def stop(self) -> None:
-        """End TorchServe and its workers: politely, then after a while by force. Safe to call twice."""
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """End TorchServe and its workers: politely, then after `seconds` by force. Safe to call twice."""
         if self._process is not None:
             children = _group(self._process.pid)
             _signal(children, signal.SIGTERM)
-            _, left = psutil.wait_procs(children, timeout=STOP_SECONDS)
+            _, left = psutil.wait_procs(children, timeout=seconds)
             _signal(left, signal.SIGKILL)
             self._process.wait()
             self._process = None
@@ -177,6 +187,39 @@ class TorchServe:
                     raise ServerError(
                         f"port {port} ({name}) cannot be used: {error.strerror}. Stop what uses it, or choose another"
                     ) from None
+
+
+class Watchdog:
+    """Captions an image from time to time, and notices when that has not worked for `seconds`."""
+
+    def __init__(self, server: TorchServe, seconds: float = STALL_SECONDS) -> None:
+        self.server = server
+        self.seconds = seconds
+        self._alive = self._next = time.monotonic()
+        self._work_done: float | None = None
+
+    def look(self) -> None:
+        """Return at once or after a canary, which may take ten seconds. Raises ServerError when the service is stalled."""
+        if time.monotonic() < self._next:
+            return
+        inference, management, metrics = (self.server.address(name) for name in ADDRESSES)
+        model, keys = self.server.model, self.server.key_file
+        status, reason = no_answer(inference, model, timeout=min(10.0, self.seconds / 2), key_file=keys)
+        before = self._work_done
+        if reason is not None:
+            self._work_done = work_done(metrics)
+        # A refusal (keys that have run out, say) shows nothing wrong. When all is busy, others' images are the sign of life.
+        busy = reason is not None and before is not None and self._work_done is not None and self._work_done > before
+        if reason is None or 400 <= status < 500 or busy or switched_off(management, model, key_file=keys):
+            self._alive = time.monotonic()
+        quiet = time.monotonic() - self._alive
+        if quiet > self.seconds:
+            reason = not_ready(management, model, key_file=keys) or reason
+            raise ServerError(
+                f"nothing has been captioned for {quiet:.0f} seconds: {reason}. "
+                "Ending, so that whoever runs this service starts it anew"
+            )
+        self._next = time.monotonic() + (min(CANARY_SECONDS, self.seconds / 4) if reason is None else 1.0)
 
 
 def free_settings() -> dict[str, str]:
@@ -265,6 +308,13 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--model", default="caption", help="the model whose workers must be ready")
     parser.add_argument("--web", action="store_true", help="start the edge with the web page as well; see docs/edge.md")
+    parser.add_argument(
+        "--stall",
+        type=float,
+        default=float(os.environ.get("CAPTION_STALL_SECONDS", STALL_SECONDS)),
+        metavar="SECONDS",
+        help="end when nothing could be captioned for so long; 0: never",
+    )
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
@@ -284,10 +334,13 @@ def main() -> None:
             + "stop  Ctrl-C",
             flush=True,
         )
+        watchdog = Watchdog(server, arguments.stall) if arguments.stall > 0 else None
         while True:
             server.check_alive()
             if edge and not edge.is_alive():
                 raise ServerError("nginx has ended; the reason stands above")
+            if watchdog is not None:
+                watchdog.look()
             time.sleep(1)
     except _Stopped:
         print("stopping when the requests in flight are answered", flush=True)
@@ -295,7 +348,9 @@ def main() -> None:
             edge.stop()
         server.drain(float(os.environ.get("CAPTION_DRAIN_SECONDS", DRAIN_SECONDS)))
     except ServerError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        server.stop(seconds=5)  # what hangs does not end politely
+        sys.exit(1)
     finally:
         if edge:
             edge.stop()

@@ -106,6 +106,7 @@ def encodings(photo: Image.Image) -> Iterator[Encoding]:
     yield Encoding("TIFF pages", _saved(photo, "TIFF", **frames))
     lab = ImageCms.profileToProfile(photo, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB")
     assert lab is not None
+    lab.info.clear()  # a colour profile that says when it was made
     yield Encoding("TIFF LAB", _saved(lab, "TIFF"))
     yield Encoding("TIFF tiled", tiff_tiled(photo))
     yield Encoding("TIFF big-endian", tiff_strips(photo, ">"))
