@@ -218,13 +218,14 @@ def bombs_beside_good(service: Service, seconds: float = 10.0, at_once: int = AT
     photos = [path.read_bytes() for path in SAMPLES]
     bombs = [case.data for case in corpus.named_bombs()]
     before = service.workers()
-    alone = _for(seconds / 2, [lambda photo=photo: service.predict(photo) for photo in photos[:2]])
+
+    def client(data: bytes) -> Callable[[], Answer]:
+        return lambda: service.predict(data)
+
+    good_clients = [client(photo) for photo in photos[:2]]
+    alone = _for(seconds / 2, good_clients)
     with peak_memory(service) as peak:
-        clients: list[Callable[[], Answer]] = [
-            *(lambda photo=photo: service.predict(photo) for photo in photos[:2]),  # type: ignore[misc]
-            *(lambda bomb=bomb: service.predict(bomb) for bomb in itertools.islice(itertools.cycle(bombs), at_once)),  # type: ignore[misc]
-        ]
-        answers = _for(seconds, clients)
+        answers = _for(seconds, good_clients + [client(bombs[number % len(bombs)]) for number in range(at_once)])
     good = answers[0] + answers[1]
     refused = [answer for client in answers[2:] for answer in client]
     return BombResult(

@@ -98,6 +98,8 @@ class TorchServe:
         environment["TS_DECODE_INPUT_REQUEST"] = "false"
         # It writes its keys to where it is started, which must be private and writable, so paths are given in full.
         environment |= {f"TS_{key.upper()}": str(ROOT / self._setting(key)) for key in ("model_store", "metrics_config")}
+        # Java looks for classes where it is started, then in TorchServe's jar: this is how ours replaces one of its own.
+        (self._folder / "org").symlink_to(ROOT / "deploy/torchserve/frontend/org")
         command = [
             *(sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots"),
             *("--ts-config", str(self.config), "--model-store", environment["TS_MODEL_STORE"]),

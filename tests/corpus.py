@@ -131,7 +131,7 @@ def encodings(photo: Image.Image) -> Iterator[Encoding]:
 
 def _jpeg(photo: Image.Image) -> Iterator[Encoding]:
     for quality, subsampling, progressive in itertools.product((85, 90, 95, 100), (0, 1, 2), (False, True)):
-        options = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
+        options: dict[str, Any] = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
         yield Encoding(_named("JPEG", options), _saved(photo, "JPEG", **options))
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     profile = profile[:24] + bytes(12) + profile[36:]  # without the time at which it was made
@@ -567,7 +567,7 @@ def _bodies() -> Iterator[RequestCase]:
         "image/jpeg; charset=utf-8; boundary=x",
         "a/" + "b" * 1000,
     ):
-        expected = GOOD if kind[:5] in ("image", "nonse", "a/bbb", "") or kind.startswith("application/o") else ANSWERED
+        expected = ANSWERED if kind.startswith(("text/", ";")) else GOOD  # curl sends x-www-form-urlencoded unasked
         yield RequestCase(f"raw body as {kind[:30] or 'nothing'}", photo, expected, (("Content-Type", kind),) if kind else ())
     yield RequestCase("no body", b"", DAMAGED)
     yield RequestCase("a photo as JSON", photo, DAMAGED, JSON)
@@ -614,6 +614,7 @@ def _forms() -> Iterator[RequestCase]:
         ("a parameter of a megabyte", [file_part(photo), (field("beam_size"), b"1" * 2**20)], DAMAGED),
         ("a parameter that is NaN", [file_part(photo), (field("length_penalty"), b"nan")], DAMAGED),
         ("a parameter that is infinite", [file_part(photo), (field("beam_size"), b"1e999")], DAMAGED),
+        ("20,000 fields", [file_part(photo), *((field(f"f{i}"), b"1") for i in range(20_000))], CLIENT_ERROR),
         ("1000 fields", [file_part(photo), *((field(f"f{i}"), b"1") for i in range(1000))], CLIENT_ERROR),
         ("nothing but an end", [], DAMAGED),
     ):  # fmt: skip
@@ -674,6 +675,7 @@ def _json_bodies() -> Iterator[RequestCase]:
         ("100,000 objects deep", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, DAMAGED),
         ("a number of 100,000 digits", b'{"image": ' + b"1" * 100_000 + b"}", DAMAGED),
         ("NaN", b'{"image": NaN}', DAMAGED),
+        ("ten million lists", b"[" + b"[]," * 10_000_000 + b"[]]", DAMAGED),
         ("not UTF-8", b'{"image": "\xff\xfe"}', DAMAGED),
         ("UTF-16", json.dumps({"image": text}).encode("utf-16"), ANSWERED),
         ("a byte order mark", b"\xef\xbb\xbf" + json.dumps({"image": text}).encode(), ANSWERED),
@@ -692,6 +694,8 @@ def _headers() -> Iterator[RequestCase]:
         ("explain", "True"),
         ("X-Request-Id", "a" * 1000),
         ("X-Request-Id", "%0d%0aSet-Cookie:x"),
+        ("X-Request-Id-Prefix", "[METRICS]x"),
+        ("X-Request-Id-Prefix", "a" * 5000),
         ("Accept", "text/html"),
         ("Accept-Encoding", "gzip, br"),
         ("Expect", "nonsense"),
@@ -709,6 +713,8 @@ def _headers() -> Iterator[RequestCase]:
     refused = CLIENT_ERROR | {404, 405, 414, 431}
     for name, line, expected in (
         ("invalid UTF-8", b"X-Odd: \xff\xfe\x80\r\n", ANSWERED),
+        ("a request id of invalid UTF-8", b"X-Request-Id-Prefix: \xe9\xff\r\n", ANSWERED),
+        ("a request id with a vertical tab", b"X-Request-Id: a\x0bb\r\n", ANSWERED),
         ("a null byte", b"X-Odd: a\0b\r\n", ANSWERED),
         ("a folded line", b"X-Odd: a\r\n b\r\n", ANSWERED),
         ("a carriage return alone", b"X-Odd: a\rb: c\r\n", ANSWERED),
