@@ -72,7 +72,7 @@ def assert_answered_as_by_chainer(response: requests.Response, name: str, photo:
     expected = answers.best(photo, start, **search)[: search["beam"]]
     captions = response.json()["captions"]
     assert [c["sentence"] for c in captions] == [[tokens[index] for index in e["path"]] for e in expected]
-    assert [c["log_likelihood"] for c in captions] == pytest.approx([e["log_likelihood"] for e in expected], abs=1e-4)
+    assert [c["log_likelihood"] for c in captions] == pytest.approx([e["log_likelihood"] for e in expected], abs=1e-4, rel=1e-6)
 
 
 @pytest.mark.parametrize("photo", golden.read(golden.GOLDEN / "words").case["photos"])
