@@ -32,6 +32,7 @@ EDGE_ERRORS = {
     404: "NotFound",
     405: "MethodNotAllowed",
     408: "RequestTimeout",
+    414: "InvalidRequest",
     429: "TooManyRequests",
     502: "ServiceUnavailable",
     503: "ServiceUnavailable",

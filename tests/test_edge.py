@@ -102,6 +102,20 @@ def test_what_torchserve_itself_says_comes_in_our_shape(edge: Edge) -> None:
 
 
 @pytest.mark.server
+def test_what_torchserve_cannot_read_is_refused_in_our_shape(edge: Edge) -> None:
+    def refused(query: str = "", **headers: str) -> tuple[int, str]:
+        response = requests.post(f"{edge.url}/predict{query}", data=CAT, headers=headers, timeout=60)
+        return response.status_code, error_of(response)
+
+    assert refused("?beam_size=%zz") == (400, "InvalidRequest")
+    assert refused("?x=" + "a" * 3600) == (414, "InvalidRequest")
+    assert refused("?x=" + "a" * 3400) == (400, "InvalidParameter")
+    json_type = "application/json; " + "a" * 7000
+    assert refused(**{"Content-Type": "image/jpeg", "Cookie": "a" * 7000, "X-A": "a" * 7000}, query="?a=1")[0] == 400
+    assert refused(**{"Content-Type": json_type}, query="?a=1") == (400, "InvalidParameter")
+
+
+@pytest.mark.server
 def test_a_photo_in_pieces_without_a_length(edge: Edge) -> None:
     pieces = (CAT[start : start + 5000] for start in range(0, len(CAT), 5000))
     response = requests.post(f"{edge.url}/predict", data=pieces, headers={"Content-Type": "image/jpeg"}, timeout=60)

@@ -57,7 +57,7 @@ def test_every_error_of_the_edge_is_documented() -> None:
     assert len(made) >= 12
     codes = error_codes()
     for status, code in made:
-        if status in ("414", "431", "501"):  # nothing that a client of this interface can meet
+        if status in ("431", "501"):  # nothing that a client of this interface can meet
             continue
         assert code in codes[500 if status == "default" else int(status)], (status, code)
 

@@ -303,6 +303,7 @@ element("photograph").addEventListener("click", async () => {
 });
 
 element("shoot").addEventListener("click", () => {
+  if (!video.videoWidth) return; // the camera has not shown anything yet
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
   canvas.getContext("2d").drawImage(video, 0, 0);
