@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 import requests
 from jsonschema import Draft202012Validator
 
-from handler.parameters import Parameters, describe
+from handler.parameters import Parameters
 from scripts.edge import Edge
 from scripts.openapi import DOCUMENT, document, error_codes, parameter_schemas
 from tests.conftest import ROOT
@@ -48,7 +47,6 @@ def test_the_parameters_are_the_codes() -> None:
     assert (query["beam_size"]["minimum"], query["beam_size"]["maximum"], query["beam_size"]["default"]) == (1, 10, 5)
     form = CONTENT["components"]["requestBodies"]["Photo"]["content"]["multipart/form-data"]["schema"]["properties"]
     assert set(form) == {"image", *schemas}
-    assert describe.__name__  # the one definition; see handler/parameters.py
 
 
 def test_every_error_of_the_edge_is_documented() -> None:
@@ -142,13 +140,12 @@ def test_generated_requests_get_documented_answers(edge: Edge, tmp_path: Path) -
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{edge.url}/openapi.json", "--url", edge.url),
         *("--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"),
-        *("--phases", "examples,coverage,fuzzing", "--max-examples", "12", "--max-time", "45", "--workers", "1"),
+        *("--phases", "examples,coverage,fuzzing", "--max-examples", "12", "--max-time", "30", "--workers", "1"),
         *("--seed", "1", "--generation-database", "none", "--suppress-health-check", "all", "--no-color"),
     ]
     done = subprocess.run(
         command,
         cwd=tmp_path,
-        env=os.environ | {"SCHEMATHESIS_HOOKS": ""},
         capture_output=True,
         text=True,
         timeout=240,
