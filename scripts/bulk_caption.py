@@ -333,12 +333,13 @@ def main() -> None:
     worker = {"checkpoint": str(checkpoint), "parameters": parameters, "output": store.uri, "form": arguments.format}
     failed = 0
     if remaining:
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        for name in ("ray", "ray.data", "ray._private"):
+            logging.getLogger(name).setLevel(logging.ERROR)  # the bar below says what there is to say
         if arguments.address:
-            ray.init(address=arguments.address, logging_level=logging.WARNING)
+            ray.init(address=arguments.address, logging_level=logging.ERROR)
         else:
             cores = (arguments.workers or os.cpu_count() or 1) * arguments.threads
-            ray.init(num_cpus=cores, include_dashboard=False, logging_level=logging.WARNING)
+            ray.init(num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR)
         resources = ray.cluster_resources()
         workers = arguments.workers or int(resources.get("GPU") or resources["CPU"] // arguments.threads) or 1
         shards = list(shards_of(remaining, arguments.format, arguments.shard))

@@ -6,7 +6,7 @@ FROM ${BASE_IMAGE}
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends nginx-light tini \
-    && rm -rf /var/lib/apt/lists/* /var/log/*
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*
 WORKDIR /srv/edge
 COPY requirements/constraints.txt requirements/web.txt requirements/
 # Swagger UI's files; the package's own requirements are for another use of it.
