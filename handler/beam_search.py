@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from handler.decoder import DecoderState
+from handler.expansion import Expander, PlainExpander, State, StepDecoder
 
 
 @dataclass(frozen=True)
@@ -47,22 +46,14 @@ class Hypothesis:
     score: float
 
 
-class StepDecoder(Protocol):
-    """What the search needs of a decoder; see `handler.decoder.Decoder`."""
-
-    def start(self, features: Tensor) -> DecoderState: ...
-
-    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]: ...
-
-
 class _Step(NamedTuple):
     """The captions kept in one step, over all images: N of them."""
 
-    parent: np.ndarray
+    parent: list[int]
     """(N,) which caption of the step before was extended"""
-    token: np.ndarray
+    token: list[int]
     """(N,)"""
-    gain: np.ndarray
+    gain: list[float]
     """(N,) log-likelihood of the token"""
 
 
@@ -72,7 +63,6 @@ class _Found(NamedTuple):
     place: int
 
 
-@torch.inference_mode()
 def beam_search(
     decoder: StepDecoder, features: Tensor, searches: Sequence[Search], *, end_token: int, forbidden: Sequence[int]
 ) -> list[list[Hypothesis]]:
@@ -80,82 +70,88 @@ def beam_search(
 
     forbidden: tokens that are never generated. Their probability is not spread over the others.
     """
+    return search(PlainExpander(decoder, forbidden), features, searches, end_token=end_token)
+
+
+def search(
+    expander: Expander[State], features: Tensor, searches: Sequence[Search], *, end_token: int
+) -> list[list[Hypothesis]]:
+    """The same with a decoder of any kind. Of beams, the arrays are small: numpy takes a fraction of torch's time a call."""
     if len(features) == 0:
         return []
-    device = features.device
-    images, width = len(searches), max(search.beam_size for search in searches)
-    beam_sizes = torch.tensor([search.beam_size for search in searches], device=device)
-    max_lengths = torch.tensor([search.max_length for search in searches], device=device)
-    ranks = torch.arange(width, device=device)
-    banned = torch.tensor(list(forbidden), device=device, dtype=torch.long)
+    images, width = len(searches), max(wanted.beam_size for wanted in searches)
+    beam_sizes = np.array([wanted.beam_size for wanted in searches])
+    max_lengths = np.array([wanted.max_length for wanted in searches])
+    beyond = np.arange(width) >= beam_sizes[:, None]  # (images, width)
 
     # R live captions; image and slot say where in the (images, width) beam each of them stands
-    state = decoder.start(features)
-    token = torch.tensor([search.start_token for search in searches], device=device)
-    image = torch.arange(images, device=device)
-    slot = torch.zeros_like(image)
-    total = torch.zeros(images, device=device)
-    place = np.arange(images)  # of a live caption among those that the last step kept
+    state = expander.start(features)
+    token = np.array([wanted.start_token for wanted in searches])
+    image, slot = np.arange(images), np.zeros(images, dtype=np.intp)
+    row = np.arange(images)  # in `state`
+    place = np.arange(images)  # among those that the last step kept
+    total = np.zeros(images, dtype=np.float32)
 
     history: list[_Step] = []
     found: list[list[_Found]] = [[] for _ in searches]
     while len(token):
-        logits, state = decoder.step(token, state)  # (R, V)
-        logits = logits.float()
-        normalizer = logits.logsumexp(dim=1, keepdim=True)
-        logits = logits.index_fill(1, banned, -torch.inf)
-        best, words = logits.topk(min(width, logits.shape[1]), dim=1)  # (R, W)
-        gains = (best - normalizer).masked_fill(ranks[: best.shape[1]] >= beam_sizes[image, None], -torch.inf)
-
-        grid = gains.new_full((images, width, gains.shape[1]), -torch.inf)
+        gains, words, state = expander.expand(state, row, token, width)  # (R, W) each
+        ranks = gains.shape[1]
+        gains = np.where(beyond[image, :ranks], -np.inf, gains)
+        grid = np.full((images, width, ranks), -np.inf, dtype=np.float32)
         grid[image, slot] = total[:, None] + gains
-        totals, chosen = grid.flatten(1).topk(width, dim=1)  # (images, width)
-        row_at = image.new_zeros(images, width)
-        row_at[image, slot] = torch.arange(len(image), device=device)
-        kept = (totals > -torch.inf) & (ranks < beam_sizes[:, None])
+        totals = grid.reshape(images, width * ranks)
+        chosen = np.argsort(-totals, axis=1, kind="stable")[:, :width]  # (images, width)
+        totals = np.take_along_axis(totals, chosen, axis=1)
+        row_at = np.zeros((images, width), dtype=np.intp)
+        row_at[image, slot] = np.arange(len(image))
 
         # N kept captions, ordered by image, then by rank
-        image, slot = kept.nonzero(as_tuple=True)
-        row, word_rank = row_at.gather(1, chosen // grid.shape[2])[kept], (chosen % grid.shape[2])[kept]
-        total, token = totals[kept], words[row, word_rank]
-        history.append(_Step(place[row.cpu().numpy()], token.cpu().numpy(), gains[row, word_rank].cpu().numpy()))
+        image, slot = ((totals > -np.inf) & ~beyond[:, : chosen.shape[1]]).nonzero()
+        at = chosen[image, slot]
+        row, rank = row_at[image, at // ranks], at % ranks
+        total, token = totals[image, slot], words[row, rank]
+        history.append(_Step(place[row].tolist(), token.tolist(), gains[row, rank].tolist()))
 
         ended = (token == end_token) | (len(history) == max_lengths[image])
-        live = ~ended & ~_record(found, searches, len(history), image, total, ended)[image]
-        place = live.nonzero()[:, 0].cpu().numpy()
-        state = state.select(row[live])
-        image, slot, token, total = image[live], slot[live], token[live], total[live]
+        over = _record(found, searches, len(history), image, total, ended)
+        place = (~ended & ~over[image]).nonzero()[0]
+        image, slot, token, total, row = image[place], slot[place], token[place], total[place], row[place]
 
     return [[_trace(history, end) for end in sorted(ends, key=lambda end: -end.score)] for ends in found]
 
 
 def _record(
-    found: list[list[_Found]], searches: Sequence[Search], length: int, image: Tensor, total: Tensor, ended: Tensor
-) -> Tensor:
+    found: list[list[_Found]],
+    searches: Sequence[Search],
+    length: int,
+    image: np.ndarray,
+    total: np.ndarray,
+    ended: np.ndarray,
+) -> np.ndarray:
     """Add the captions that ended in this step to `found`; say for which images (B,) the search is over."""
-    totals, images, ends = total.cpu().numpy(), image.cpu().numpy(), ended.cpu().numpy()
+    for place in ended.nonzero()[0].tolist():
+        number = int(image[place])
+        found[number].append(_Found(searches[number].score(float(total[place]), length), length, place))
     over = np.zeros(len(searches), dtype=bool)
-    for place in ends.nonzero()[0]:
-        search = searches[images[place]]
-        found[images[place]].append(_Found(search.score(float(totals[place]), length), length, int(place)))
-    for number, search in enumerate(searches):
-        if len(found[number]) < search.beam_size:
+    for number, wanted in enumerate(searches):
+        if len(found[number]) < wanted.beam_size:
             continue
-        if search.length_penalty == 0:
+        if wanted.length_penalty == 0:
             over[number] = True
             continue
         # A live caption's log-likelihood can only fall, and the longest length divides it by the most.
-        hopes = totals[(images == number) & ~ends]
-        hope = search.score(float(hopes.max()), search.max_length) if len(hopes) else -np.inf
-        over[number] = sorted((end.score for end in found[number]), reverse=True)[search.beam_size - 1] >= hope
-    return torch.from_numpy(over).to(image.device)
+        hopes = total[(image == number) & ~ended]
+        hope = wanted.score(float(hopes.max()), wanted.max_length) if len(hopes) else -np.inf
+        over[number] = sorted((end.score for end in found[number]), reverse=True)[wanted.beam_size - 1] >= hope
+    return over
 
 
 def _trace(history: list[_Step], end: _Found) -> Hypothesis:
     """Follow the parents back from the end of a caption to its first token."""
     tokens, gains, place = [], [], end.place
     for step in reversed(history[: end.step]):
-        tokens.append(int(step.token[place]))
-        gains.append(float(step.gain[place]))
-        place = int(step.parent[place])
+        tokens.append(step.token[place])
+        gains.append(step.gain[place])
+        place = step.parent[place]
     return Hypothesis(tuple(reversed(tokens)), tuple(reversed(gains)), end.score)
