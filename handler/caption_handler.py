@@ -17,8 +17,7 @@ import torch
 from ts.metrics.dimension import Dimension
 
 from handler.access_log import CLIENT_ID_ANSWERED, AccessLog, client_id, entry
-from handler.captioner import CaptionedImage, Captioner, PreparedImage
-from handler.checkpoint import load_checkpoint
+from handler.captioner import CaptionedImage, PreparedImage, load_captioner
 from handler.config import ServingConfig
 from handler.contract import (
     CONTENT_TYPE,
@@ -48,12 +47,11 @@ class CaptionHandler:
         self.serving = ServingConfig.model_validate((context.model_yaml_config or {}).get("caption", {}))
         gpu = context.system_properties.get("gpu_id")
         device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
-        checkpoint = load_checkpoint(directory / "checkpoint")
-        self.captioner = Captioner(checkpoint, device=device, limits=self.serving.limits, decoding=self.serving.decoding)
-        self.parser = RequestParser(checkpoint.config, self.serving)
+        self.captioner = load_captioner(directory / "checkpoint", directory / "engine", self.serving, device=device)
+        self.parser = RequestParser(self.captioner.config, self.serving)
         version = context.manifest["model"]["modelVersion"]
         self.access_log = AccessLog() if self.serving.access_log else None
-        self.model = ModelInfo(context.model_name, str(version), checkpoint.digest)
+        self.model = ModelInfo(context.model_name, str(version), self.captioner.digest)
         self.captioner.warm_up()
         logger.info("model %s %s %s on %s", self.model.name, self.model.version, self.model.digest, device)
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from handler.beam_search import Hypothesis, Search, beam_search
-from handler.checkpoint import Checkpoint
-from handler.config import DecodingConfig, ImageLimits, LanguageConfig
-from handler.image import normalize
+from handler.beam_search import Hypothesis, Search, search
+from handler.checkpoint import Checkpoint, load_checkpoint, load_encoder, read_manifest
+from handler.config import DecodingConfig, ImageLimits, LanguageConfig, ServingConfig
+from handler.engine import Engine, TorchEngine, load_engine
+from handler.expansion import Expander, TorchExpander, fold
 from handler.isolation import ImageReader
+from handler.machine import available_cpus
 from handler.parameters import Parameters, parse_parameters
 
 ENCODER_BATCH = 16
 """Images that go through the encoder at once: more is no faster on a CPU and takes memory."""
+_VARIABLES = {"engine": "CAPTION_ENGINE", "threads": "CAPTION_THREADS"}
 
 
 @dataclass(frozen=True)
@@ -65,20 +71,26 @@ class Captioner:
         checkpoint: Checkpoint,
         *,
         device: str = "cpu",
+        engine: Engine | None = None,
+        threads: int = 0,
         limits: ImageLimits | None = None,
         decoding: DecodingConfig | None = None,
     ) -> None:
+        """engine: what runs the encoder; default: torch in fp32. threads: of OpenVINO's search, 0 is all."""
         self.config = checkpoint.config
         self.vocabulary = checkpoint.vocabulary
         self.digest = checkpoint.digest
         self.reader = ImageReader(limits or ImageLimits(), self.config.preprocessing, decoding or DecodingConfig())
-        self.device = torch.device(device)
-        self.encoder = checkpoint.encoder.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.decoder = checkpoint.decoder.to(self.device)
+        if engine is None:
+            if checkpoint.encoder is None:
+                raise ValueError("a checkpoint without its encoder needs an engine")
+            engine = TorchEngine(checkpoint.encoder, self.config.preprocessing, name="torch-fp32", device=torch.device(device))
+        self.engine = engine
         self._languages = {language.code: language for language in self.config.languages}
         self._forbidden = list(self.vocabulary.never_generated)
         if self.config.search.suppress_unknown:
             self._forbidden.append(self.vocabulary.unknown_index)
+        self._expander = _expander(checkpoint, self._forbidden, engine, threads)
 
     def warm_up(self) -> None:
         """Caption a grey image, so that the first client does not wait for what is set up on first use."""
@@ -97,11 +109,7 @@ class Captioner:
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         """Pixels (B, 3, size, size) uint8 to features (B, 2048)."""
-        features = []
-        for batch in images.split(ENCODER_BATCH):
-            batch = normalize(batch.to(self.device), self.config.preprocessing)
-            features.append(self.encoder(batch.contiguous(memory_format=torch.channels_last)).float())
-        return torch.cat(features)
+        return torch.cat([self.engine.encode(batch) for batch in images.split(ENCODER_BATCH)])
 
     def caption(self, images: Sequence[PreparedImage], parameters: Sequence[Parameters]) -> list[CaptionedImage]:
         """Caption prepared images together, each with its own checked parameters (`parse_parameters`)."""
@@ -121,7 +129,7 @@ class Captioner:
         """The captions of encoded images (B, 2048), best first."""
         languages = [self._language(p) for p in parameters]
         searches = [self._search(p, language) for p, language in zip(parameters, languages, strict=True)]
-        found = beam_search(self.decoder, features, searches, end_token=self.vocabulary.end_index, forbidden=self._forbidden)
+        found = search(self._expander, features, searches, end_token=self.vocabulary.end_index)
         return [
             self._captions(hypotheses, p, language)
             for hypotheses, p, language in zip(found, parameters, languages, strict=True)
@@ -161,6 +169,50 @@ class Captioner:
             sentence=sentence,
             token_log_likelihoods=hypothesis.log_likelihoods,
         )
+
+
+def load_captioner(
+    checkpoint: Path,
+    exported: Path,
+    serving: ServingConfig,
+    *,
+    device: str = "cpu",
+    environment: Mapping[str, str] = os.environ,
+) -> Captioner:
+    """A model as it is served: with the engine that `serving`, or the environment, asks for; see `handler.engine`.
+
+    Raises CheckpointError, and ValueError when the environment asks for what there is not.
+    """
+    wanted = {name: environment[variable] for name, variable in _VARIABLES.items() if environment.get(variable)}
+    serving = ServingConfig.model_validate(serving.model_dump() | wanted)
+    threads = serving.threads or available_cpus()
+    torch.set_num_threads(threads)
+    manifest = read_manifest(checkpoint)
+    engine = load_engine(
+        serving.engine,
+        exported=exported,
+        encoder_sha256=manifest.files["encoder"].sha256,
+        load_encoder=lambda: load_encoder(checkpoint),
+        preprocessing=manifest.config.preprocessing,
+        device=torch.device(device),
+        threads=threads,
+    )
+    return Captioner(
+        load_checkpoint(checkpoint, with_encoder=False),
+        engine=engine,
+        threads=threads,
+        limits=serving.limits,
+        decoding=serving.decoding,
+    )
+
+
+def _expander(checkpoint: Checkpoint, forbidden: Sequence[int], engine: Engine, threads: int) -> Expander[Any]:
+    """The search's step on the engine's device, by the same library."""
+    if engine.name.startswith("openvino"):
+        from handler.openvino_engine import OpenVinoExpander
+
+        return OpenVinoExpander(fold(checkpoint.decoder, forbidden), threads=threads)
+    return TorchExpander(fold(checkpoint.decoder.to(engine.device), forbidden))
 
 
 def _milliseconds_since(began: float) -> float:

@@ -70,15 +70,16 @@ class Checkpoint:
 
     config: ModelConfig
     vocabulary: Vocabulary
-    encoder: Encoder
+    encoder: Encoder | None
+    """None if it was left on the disk."""
     decoder: Decoder
     digest: str
 
 
-def load_checkpoint(directory: Path) -> Checkpoint:
-    """Read and verify a checkpoint. Raises CheckpointError."""
+def load_checkpoint(directory: Path, *, with_encoder: bool = True) -> Checkpoint:
+    """Read and verify a checkpoint, all of it or all but its encoder. Raises CheckpointError."""
     manifest = read_manifest(directory)
-    paths = {part: _verified(directory, entry) for part, entry in manifest.files.items()}
+    paths = {part: _verified(directory, entry) for part, entry in manifest.files.items() if part != "encoder"}
     config = manifest.config
     vocabulary = _parsed(Vocabulary, paths["vocabulary"])
     if len(vocabulary) != config.decoder.vocabulary_size:
@@ -89,10 +90,20 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     if absent:
         raise CheckpointError(f"{directory}: the vocabulary has no start token {absent}")
     with torch.device("meta"):  # no time is spent on random initial weights
-        encoder, decoder = Encoder(config.encoder), Decoder(config.decoder)
-    load_weights(encoder, paths["encoder"])
+        decoder = Decoder(config.decoder)
     load_weights(decoder, paths["decoder"])
-    return Checkpoint(config, vocabulary, encoder.eval(), decoder.eval(), manifest.digest)
+    encoder = load_encoder(directory) if with_encoder else None
+    return Checkpoint(config, vocabulary, encoder, decoder.eval(), manifest.digest)
+
+
+def load_encoder(directory: Path) -> Encoder:
+    """Read and verify the encoder of a checkpoint. Raises CheckpointError."""
+    manifest = read_manifest(directory)
+    path = _verified(directory, manifest.files["encoder"])
+    with torch.device("meta"):
+        encoder = Encoder(manifest.config.encoder)
+    load_weights(encoder, path)
+    return encoder.eval()
 
 
 def save_checkpoint(

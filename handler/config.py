@@ -112,6 +112,9 @@ class DecodingConfig(Config):
     """50 megapixels need up to 800 MiB, as WebP."""
 
 
+EngineName = Literal["auto", "torch-fp32", "torch-bf16", "torch-fp16", "openvino-fp32", "openvino-bf16", "openvino-int8"]
+
+
 class ServingConfig(Config):
     """Settings of a deployment, not of a model: the key `caption` of the archive's model-config.yaml."""
 
@@ -121,3 +124,7 @@ class ServingConfig(Config):
     """Images in one JSON request."""
     access_log: bool = True
     """A line of JSON for each request; see handler/access_log.py."""
+    engine: EngineName = "auto"
+    """What runs the encoder; see handler/engine.py. The environment variable CAPTION_ENGINE overrides it."""
+    threads: int = Field(default=0, ge=0)
+    """Of each worker; 0 is one for each CPU that it may use. The environment variable CAPTION_THREADS overrides it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from handler.config import EncoderConfig
-from handler.torchvision_models import models
 
 FEATURE_SIZE = 2048
 CAFFE_BATCH_NORM_EPS = 2e-5
@@ -20,6 +19,8 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        from handler.torchvision_models import models  # takes a second, which a worker whose encoder is exported saves
+
         resnet = models.resnet50()
         if config.architecture == "resnet50-caffe":
             _as_in_caffe(resnet)
@@ -42,7 +43,7 @@ def _as_in_caffe(resnet: nn.Module) -> None:
     """Turn torchvision's v1.5 into the v1 network of Caffe and chainer-caption, in place."""
     resnet.maxpool = nn.MaxPool2d(3, stride=2, padding=0, ceil_mode=True)
     for block in resnet.modules():
-        if isinstance(block, models.resnet.Bottleneck) and block.stride != 1:
+        if type(block).__name__ == "Bottleneck" and block.stride != 1:
             block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
         if isinstance(block, nn.BatchNorm2d):
             block.eps = CAFFE_BATCH_NORM_EPS

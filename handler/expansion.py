@@ -35,9 +35,7 @@ class Expander(Protocol[State]):
         """Features (B, 2048) to the state of B captions before their start token."""
         ...
 
-    def expand(
-        self, state: State, rows: np.ndarray, tokens: np.ndarray, width: int
-    ) -> tuple[np.ndarray, np.ndarray, State]:
+    def expand(self, state: State, rows: np.ndarray, tokens: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray, State]:
         """Give each caption its token, and find the likeliest next ones.
 
         rows: (R,) where in `state` each caption's memory is; tokens: (R,) the token it is extended by.

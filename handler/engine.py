@@ -1,0 +1,170 @@
+"""What runs the encoder: torch or OpenVINO, in several precisions, behind one small interface.
+
+`load_engine` takes the wanted one, or the fastest that the archive and the machine allow, and says which and why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from handler.checkpoint import sha256
+from handler.config import Config, EngineName, PreprocessingConfig
+from handler.encoder import Encoder
+from handler.errors import CheckpointError
+from handler.image import normalize
+
+logger = logging.getLogger(__name__)
+
+EXPORT_MANIFEST = "engine.json"
+TORCH_DTYPES = {"torch-fp32": torch.float32, "torch-bf16": torch.bfloat16, "torch-fp16": torch.float16}
+OPENVINO_PRECISIONS = {"openvino-fp32": "f32", "openvino-bf16": "bf16", "openvino-int8": "bf16"}
+"""OpenVINO's own precision; of the int8 file, that of the few layers that are not quantized."""
+_INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
+"""Instructions that multiply and add int8 without an intermediate that overflows."""
+
+Numbers = Literal["float", "int8"]
+
+
+class Engine(Protocol):
+    name: str
+    device: torch.device
+    """Where the features are."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pixels (B, 3, size, size), uint8, on the CPU, to features (B, 2048), float32."""
+        ...
+
+
+class ExportManifest(Config):
+    """`engine.json`: what an exported encoder was made of, and its files `encoder.xml` and `encoder.bin`."""
+
+    numbers: Numbers
+    encoder_sha256: str
+    """Of the checkpoint's encoder, without which there would be no telling that the files are of another model."""
+    preprocessing: PreprocessingConfig
+    """It is part of the graph."""
+    files: dict[str, str]
+    """SHA-256 of each."""
+
+
+class TorchEngine:
+    def __init__(self, encoder: Encoder, preprocessing: PreprocessingConfig, *, name: str, device: torch.device) -> None:
+        self.name = name
+        self.device = device
+        self.preprocessing = preprocessing
+        self._dtype = TORCH_DTYPES[name]
+        # channels_last halves the time of bf16 and fp16 convolutions, and does no harm to those of fp32.
+        self._encoder = encoder.to(device, self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        batch = normalize(images.to(self.device, non_blocking=True), self.preprocessing).to(self._dtype)
+        return self._encoder(batch.contiguous(memory_format=torch.channels_last)).float()
+
+
+def load_engine(
+    wanted: EngineName,
+    *,
+    exported: Path,
+    encoder_sha256: str,
+    load_encoder: Callable[[], Encoder],
+    preprocessing: PreprocessingConfig,
+    device: torch.device,
+    threads: int,
+) -> Engine:
+    """The wanted engine, or else the first that works of those that `auto` tries; the log says what was in the way.
+
+    exported: the directory that `scripts.export` has written, if any.
+    load_encoder: called only where torch serves, since a cold start should not read what it does not need.
+
+    Raises CheckpointError when files in `exported` are damaged.
+    """
+    manifest = read_export(exported, encoder_sha256, preprocessing)
+    candidates = [wanted, *automatic(device)] if wanted != "auto" else automatic(device)
+    for name in candidates:
+        obstacle = _obstacle(name, manifest, device)
+        if obstacle is not None:
+            (logger.warning if name == wanted else logger.info)("engine %s cannot serve: %s", name, obstacle)
+            continue
+        logger.info("engine %s on %s with %d threads%s", name, device, threads, "" if name == wanted else ", chosen")
+        if name in TORCH_DTYPES:
+            return TorchEngine(load_encoder(), preprocessing, name=name, device=device)
+        from handler.openvino_engine import OpenVinoEncoder
+
+        return OpenVinoEncoder(exported / "encoder.xml", name=name, precision=openvino_precision(name), threads=threads)
+    raise AssertionError("torch-fp32 works everywhere")
+
+
+def automatic(device: torch.device) -> list[EngineName]:
+    """The engines worth trying on this kind of device, the fastest first, by docs/performance.md."""
+    if device.type == "cuda":
+        return ["torch-fp16", "torch-fp32"]
+    return ["openvino-int8", "openvino-bf16", "openvino-fp32", "torch-bf16", "torch-fp32"]
+
+
+def read_export(directory: Path, encoder_sha256: str, preprocessing: PreprocessingConfig) -> ExportManifest | None:
+    """What was exported, if it was, and of this model. Raises CheckpointError when the files are damaged."""
+    path = directory / EXPORT_MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = ExportManifest.model_validate(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if manifest.encoder_sha256 != encoder_sha256 or manifest.preprocessing != preprocessing:
+        logger.warning("%s is of another encoder or preprocessing, so it is not used", directory)
+        return None
+    for name, digest in manifest.files.items():
+        if not (directory / name).is_file() or sha256(directory / name) != digest:
+            raise CheckpointError(f"{directory / name} is missing or damaged")
+    return manifest
+
+
+def openvino_precision(name: str) -> str:
+    from handler.openvino_engine import has_bfloat16
+
+    return OPENVINO_PRECISIONS[name] if has_bfloat16() else "f32"
+
+
+def _obstacle(name: EngineName, manifest: ExportManifest | None, device: torch.device) -> str | None:
+    """Why this engine cannot serve here, or should not."""
+    if name in TORCH_DTYPES:
+        if name == "torch-bf16" and device.type == "cpu" and not _torch_has_bfloat16():
+            return "the CPU has no instructions for bfloat16"
+        if name == "torch-fp16" and device.type == "cpu":
+            return "it needs a GPU"
+        return None
+    if device.type != "cpu":
+        return "OpenVINO is used on CPUs alone"
+    if manifest is None:
+        return "the archive was packed without an exported encoder (docs/performance.md)"
+    if (name == "openvino-int8") != (manifest.numbers == "int8"):
+        return f"the exported encoder is of the kind {manifest.numbers}"
+    if importlib.util.find_spec("openvino") is None:
+        return "the package openvino is not installed"
+    if name == "openvino-int8" and not _INT8_FLAGS & cpu_flags():
+        return "the CPU has none of the instructions " + ", ".join(sorted(_INT8_FLAGS))
+    if name == "openvino-bf16" and openvino_precision(name) != "bf16":
+        return "the CPU has no instructions for bfloat16"
+    return None
+
+
+def cpu_flags() -> set[str]:
+    """The CPU's features as Linux names them; none elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.partition(":")[2].split()}
+
+
+def _torch_has_bfloat16() -> bool:
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & cpu_flags())
