@@ -49,7 +49,7 @@ FROM packages AS model
 ARG CHECKPOINT=weights/en
 ENV PATH=/opt/venv/bin:$PATH
 COPY handler handler
-COPY scripts/__init__.py scripts/package_mar.py scripts/
+COPY scripts/__init__.py scripts/package_mar.py scripts/export.py scripts/
 COPY deploy/torchserve/model-config.yaml deploy/torchserve/
 # A checkpoint may name files outside of its directory, such as the encoder that several share.
 COPY weights weights
@@ -70,7 +70,8 @@ COPY --from=packages /opt/venv /opt/venv
 COPY deploy/container/serve /usr/local/bin/serve
 COPY config.properties ./
 COPY deploy/torchserve deploy/torchserve
-COPY scripts/__init__.py scripts/server.py scripts/probe.py scripts/models.py scripts/authorization.py scripts/
+COPY handler/__init__.py handler/machine.py handler/
+COPY scripts/__init__.py scripts/server.py scripts/serving.py scripts/probe.py scripts/models.py scripts/authorization.py scripts/
 COPY --from=model /build/model_store model_store
 # The inference port is the image's purpose; management and metrics stay on the container's loopback unless a deployment
 # opens them. Tokens are on, since whoever runs the image with a published port opens it to the network: see

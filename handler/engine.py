@@ -89,12 +89,14 @@ def load_engine(
     """
     manifest = read_export(exported, encoder_sha256, preprocessing)
     candidates = [wanted, *automatic(device)] if wanted != "auto" else automatic(device)
+    obstacles: list[str] = []
     for name in candidates:
         obstacle = _obstacle(name, manifest, device)
         if obstacle is not None:
-            (logger.warning if name == wanted else logger.info)("engine %s cannot serve: %s", name, obstacle)
+            obstacles.append(f"; not {name}: {obstacle}")
             continue
-        logger.info("engine %s on %s with %d threads%s", name, device, threads, "" if name == wanted else ", chosen")
+        level = logging.WARNING if obstacles and wanted != "auto" else logging.INFO
+        logger.log(level, "engine %s on %s with %d threads%s", name, device, threads, "".join(obstacles))
         if name in TORCH_DTYPES:
             return TorchEngine(load_encoder(), preprocessing, name=name, device=device)
         from handler.openvino_engine import OpenVinoEncoder

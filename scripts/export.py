@@ -1,7 +1,6 @@
-"""Export a checkpoint's encoder for OpenVINO, quantized if asked: `python -m scripts.export --help`.
+"""Export a checkpoint's encoder for OpenVINO. `scripts.package_mar` packs it, so that a cold start converts nothing.
 
-`scripts.package_mar` calls this, so that a cold start converts nothing. The float export serves as bf16 or fp32, whichever
-the CPU has. The int8 one needs photos like those that will be captioned, and is kept only if the captions stay good.
+The float export serves as bf16 or fp32, whichever the CPU has instructions for; `scripts.quantize` makes the int8 one.
 """
 
 from __future__ import annotations
@@ -9,7 +8,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from handler.encoder import Encoder
 from handler.engine import EXPORT_MANIFEST, ExportManifest, Numbers
 from handler.image import normalize
 
+NOTHING = "none"
 FILES = ("encoder.xml", "encoder.bin")
 
 
@@ -33,10 +35,52 @@ class _WithPreprocessing(nn.Module):
         return self.encoder(normalize(images, self.preprocessing))
 
 
-def can_export() -> bool:
-    return importlib.util.find_spec("openvino") is not None
-
-
 def exporter() -> str:
-    """What the exported files depend on beside the checkpoint."""
-    return f"openvino {importlib.metadata.version('openvino')}, torch {torch.__version__}" if can_export() else "none"
+    """What the exported files depend on beside the checkpoint; NOTHING where nothing can be exported."""
+    if importlib.util.find_spec("openvino") is None:
+        return NOTHING
+    return f"openvino {importlib.metadata.version('openvino')} torch {torch.__version__}"
+
+
+def int8_directory(checkpoint: Path) -> Path:
+    """Where the int8 export of a checkpoint's encoder is: beside it, since several decoders may share both."""
+    encoder = checkpoint / read_manifest(checkpoint).files["encoder"].path
+    return encoder.with_name(f"{encoder.stem}.int8")
+
+
+def export(checkpoint: Path, directory: Path) -> None:
+    """Write the float export of a checkpoint's encoder, the same bytes each time. Raises CheckpointError."""
+    save_export(as_openvino(checkpoint), checkpoint, directory, numbers="float")
+
+
+def as_openvino(checkpoint: Path) -> Any:
+    """The encoder with its preprocessing as an openvino.Model: pixels (B, 3, size, size), uint8, to features (B, 2048)."""
+    import openvino
+
+    preprocessing = read_manifest(checkpoint).config.preprocessing
+    network = _WithPreprocessing(load_encoder(checkpoint), preprocessing).eval().requires_grad_(False)
+    pixels = torch.zeros(1, 3, preprocessing.size, preprocessing.size, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # mean and std are constants, and meant to be
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = openvino.convert_model(network, example_input=pixels)
+    model.reshape([-1, *pixels.shape[1:]])
+    return model
+
+
+def save_export(model: Any, checkpoint: Path, directory: Path, *, numbers: Numbers) -> None:
+    """Write `directory`: the model, and of which encoder it is."""
+    import openvino
+
+    for number, node in enumerate(model.get_ordered_ops()):
+        node.set_friendly_name(f"{node.get_type_name()}_{number}")  # its own are numbered through the process's life
+    directory.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(model, directory / FILES[0], compress_to_fp16=True)
+    manifest = read_manifest(checkpoint)
+    about = ExportManifest(
+        numbers=numbers,
+        encoder_sha256=manifest.files["encoder"].sha256,
+        preprocessing=manifest.config.preprocessing,
+        files={name: sha256(directory / name) for name in FILES},
+    )
+    (directory / EXPORT_MANIFEST).write_text(json.dumps(about.model_dump(mode="json"), indent=2) + "\n")

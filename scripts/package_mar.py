@@ -18,7 +18,9 @@ from pathlib import Path
 import yaml
 
 from handler.checkpoint import copy_checkpoint, read_manifest, write_atomically
+from handler.engine import read_export
 from handler.errors import CheckpointError
+from scripts.export import NOTHING, export, exporter, int8_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDLER = ROOT / "handler"
@@ -33,7 +35,10 @@ def package(checkpoint: Path, output: Path, *, name: str, model_config: Path) ->
     The inputs' digest stands in the archive's zip comment. Raises CheckpointError.
     """
     manifest = read_manifest(checkpoint)
-    wanted = _digest(manifest.digest, name, model_config)
+    encoder = manifest.files["encoder"].sha256
+    int8 = int8_directory(checkpoint)
+    quantized = read_export(int8, encoder, manifest.config.preprocessing)
+    wanted = _digest(f"{manifest.digest} {exporter()} {quantized}", name, model_config)
     if output.is_file() and zipfile.is_zipfile(output):
         with zipfile.ZipFile(output) as archive:
             if archive.comment == wanted:
@@ -42,6 +47,10 @@ def package(checkpoint: Path, output: Path, *, name: str, model_config: Path) ->
         staged = Path(folder) / "files"
         shutil.copytree(HANDLER, staged / "handler", ignore=shutil.ignore_patterns("__pycache__", ENTRY_POINT))
         copy_checkpoint(checkpoint, staged / "checkpoint")
+        if quantized is not None:
+            shutil.copytree(int8, staged / "engine")
+        elif exporter() != NOTHING:
+            export(checkpoint, staged / "engine")
         subprocess.run(
             [
                 str(Path(sys.executable).with_name("torch-model-archiver")),
@@ -60,9 +69,9 @@ def package(checkpoint: Path, output: Path, *, name: str, model_config: Path) ->
     return True
 
 
-def _digest(checkpoint_digest: str, name: str, model_config: Path) -> bytes:
-    digest = hashlib.sha256(f"{checkpoint_digest} {name}\n".encode())
-    for path in [Path(__file__), model_config, *sorted(HANDLER.glob("*.py"))]:
+def _digest(model: str, name: str, model_config: Path) -> bytes:
+    digest = hashlib.sha256(f"{model} {name}\n".encode())
+    for path in [Path(__file__), Path(__file__).with_name("export.py"), model_config, *sorted(HANDLER.glob("*.py"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest().encode()
 

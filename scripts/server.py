@@ -29,6 +29,7 @@ import psutil
 
 from scripts.authorization import KEY_FILE
 from scripts.probe import POLL_SECONDS, no_answer, not_ready, switched_off, work_done
+from scripts.serving import plan
 
 if TYPE_CHECKING:
     from scripts.edge import Edge
@@ -89,7 +90,7 @@ class TorchServe:
         """Start the process and return at once. Raises ServerError when a port is taken or a file is missing."""
         self._check()
         self._folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
-        environment = os.environ | {f"TS_{key.upper()}": value for key, value in self.settings.items()}
+        environment = plan().environment() | os.environ | {f"TS_{key.upper()}": value for key, value in self.settings.items()}
         # TorchServe keeps its process number, unpacked models and sockets in the temporary directory; this one is ours
         # alone, so that several servers live side by side and nothing is left when one ends.
         environment |= {"TMPDIR": str(self._folder), "TEMP": str(self._folder), "LOG_LOCATION": str(self._folder)}

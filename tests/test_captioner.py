@@ -67,7 +67,7 @@ def test_num_captions_and_min_confidence_leave_captions_out(captioner: Captioner
 
 def test_unknown_words_are_generated_only_where_the_model_says_so(checkpoint: Checkpoint, images: list[PreparedImage]) -> None:
     unknown = checkpoint.vocabulary.unknown_index
-    decoder = Captioner(checkpoint).decoder
+    decoder = checkpoint.decoder
     with torch.no_grad():
         decoder.output.bias[unknown] += 50
     try:
