@@ -201,14 +201,18 @@ def test_prometheus_sees_captions_and_errors(url: str, server: TorchServe) -> No
 def test_workers_scale_through_the_management_api_while_requests_run(url: str, server: TorchServe) -> None:
     management = server.address("management") + "/models/caption"
     before = worker_processes(server)
+
+    def workers(number: int) -> dict[str, str]:
+        return {"min_worker": str(number), "max_worker": str(number), "synchronous": "true"}
+
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(post, url, files={"image": CAT}) for _ in range(24)]
-        up = requests.put(management, params={"min_worker": 2, "max_worker": 2, "synchronous": "true"}, timeout=120)
+        up = requests.put(management, params=workers(len(before) + 1), timeout=120)
         assert up.status_code == 200
-        assert len(worker_processes(server)) == 2
+        assert len(worker_processes(server)) == len(before) + 1
         answers += [pool.submit(post, url, files={"image": CAT}) for _ in range(8)]
         assert all(answer.result().status_code == 200 for answer in answers)
-    down = requests.put(management, params={"min_worker": 1, "max_worker": 1, "synchronous": "true"}, timeout=120)
+    down = requests.put(management, params=workers(len(before)), timeout=120)
     assert down.status_code == 200
     assert worker_processes(server) == before
 
