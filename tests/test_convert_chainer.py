@@ -26,7 +26,7 @@ from scripts import convert_chainer
 from scripts.convert_chainer import ChainerFileError, caption_features, convert, languages_of, read_decoder, read_vocabulary
 from tests.chainer import golden
 from tests.chainer.environment import EnvironmentUnavailable
-from tests.chainer.golden import Answers
+from tests.chainer.golden import REAL_VOCABULARIES, Answers
 from tests.chainer.models import (
     CNN_FILE,
     DECODER_FILE,
@@ -40,7 +40,6 @@ from tests.chainer.models import (
 from tests.chainer.photos import photos
 from tests.conftest import ROOT
 
-REAL_VOCABULARIES = ROOT.parent / "shared/data/chainer-caption"
 SPECIAL = {"<sos>": 4, "<eos>": 2, "<ukn>": 49}
 WORDS = vocabulary_of(SPECIAL, 50, "word{}".format)
 HIDDEN = 8

@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-MODELS = {"caption": "words", "caption_zh": "characters", "caption_multi": "languages"}
+MODELS = {"caption": "words", "caption_ja": "characters", "caption_multi": "languages"}
 """Names in TorchServe and the golden case that each model is of."""
 BEAM = 5
 PHOTO = photos()["portrait"]
@@ -41,11 +41,11 @@ def service(tmp_path_factory: pytest.TempPathFactory, converted: Callable[[str],
     ):
         subprocess.run([sys.executable, "-m", *f"scripts.{command}".split()], cwd=ROOT, check=True)
     settings = ROOT / "deploy/torchserve/model-config.yaml"
-    for name in ("caption_zh", "caption_multi"):
+    for name in ("caption_ja", "caption_multi"):
         package(converted(MODELS[name]), store / f"{name}.mar", name=name, model_config=settings)
     with TorchServe(free_settings() | {"model_store": str(store)}) as running:
         running.wait_until_ready()
-        for name in ("caption_zh", "caption_multi"):
+        for name in ("caption_ja", "caption_multi"):
             register(running, name)
         yield running
 
@@ -86,7 +86,7 @@ def test_a_converted_model_answers_what_chainers_own_search_found(service: Torch
 def test_models_side_by_side_answer_each_in_its_language(service: TorchServe) -> None:
     listed = requests.get(service.address("management") + "/models", timeout=10).json()["models"]
     assert sorted(model["modelName"] for model in listed) == sorted(MODELS)
-    for name, start, code in (("caption", "<sos>", "en"), ("caption_zh", "<sos>", "zh"), ("caption_multi", "<en>", "en")):
+    for name, start, code in (("caption", "<sos>", "en"), ("caption_ja", "<sos>", "ja"), ("caption_multi", "<en>", "en")):
         response = post(service, name)
         assert_answered_as_by_chainer(response, name, "portrait", start, beam=BEAM)
         model = response.json()["model"]
@@ -99,14 +99,14 @@ def words_of(caption: dict[str, Any]) -> list[str]:
 
 
 def test_captions_are_joined_as_the_language_is_written(service: TorchServe) -> None:
-    cases = [("caption", {}, " "), ("caption_zh", {}, ""), ("caption_multi", {"language": "ja"}, "")]
+    cases = [("caption", {}, " "), ("caption_ja", {}, ""), ("caption_multi", {"language": "ja"}, "")]
     for name, parameters, separator in [*cases, ("caption_multi", {"language": "en"}, " ")]:
         for caption in post(service, name, **parameters).json()["captions"]:
             assert caption["caption"] == separator.join(words_of(caption))
 
 
 def test_no_letter_is_escaped(service: TorchServe) -> None:
-    response = post(service, "caption_zh")
+    response = post(service, "caption_ja")
     assert response.headers["content-type"] == "application/json; charset=utf-8"
     assert response.json()["captions"][0]["caption"].encode() in response.content
     assert b"\\u" not in response.content
@@ -127,7 +127,7 @@ def test_the_first_token_chooses_the_language_of_a_multilingual_model(service: T
         ("caption_multi", "fr", "language must be one of en, ja"),
         ("caption_multi", "<jp>", "language must be one of en, ja"),
         ("caption", "ja", "language must be one of en,"),
-        ("caption_zh", "EN", "language must be one of zh,"),
+        ("caption_ja", "EN", "language must be one of ja,"),
     ],
 )
 def test_a_language_that_the_model_lacks_is_refused(service: TorchServe, model: str, language: str, said: str) -> None:
@@ -147,16 +147,16 @@ def test_the_management_api_says_what_languages_a_model_writes(service: TorchSer
 
 
 def test_each_model_is_scaled_and_removed_without_the_others(service: TorchServe) -> None:
-    url = f"{service.address('management')}/models/caption_zh"
+    url = f"{service.address('management')}/models/caption_ja"
     scale = {"min_worker": "2", "max_worker": "2", "synchronous": "true"}
     assert requests.put(url, params=scale, timeout=180).status_code == 200
     assert {name: workers(service, name) for name in MODELS} == {
         "caption": ["READY"],
-        "caption_zh": ["READY"] * 2,
+        "caption_ja": ["READY"] * 2,
         "caption_multi": ["READY"],
     }
     assert requests.delete(url, timeout=60).status_code == 200
-    assert post(service, "caption_zh").status_code == 404
+    assert post(service, "caption_ja").status_code == 404
     assert post(service, "caption").status_code == 200
-    register(service, "caption_zh")
-    assert post(service, "caption_zh").status_code == 200
+    register(service, "caption_ja")
+    assert post(service, "caption_ja").status_code == 200

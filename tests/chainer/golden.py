@@ -27,8 +27,17 @@ GOLDEN = Path(__file__).with_name("golden")
 NAMES = tuple(sorted(folder.name for folder in GOLDEN.iterdir()))
 ANSWERS = ("features.npy", "probabilities.npy", "captions.json")
 
-# No language: sizes and special tokens are those of three of chainer-caption's own vocabularies, words are made up.
-WORDS = {"words": "word{}".format, "characters": lambda index: chr(0x4E00 + index), "languages": "ことば{}".format}
+REAL_VOCABULARIES = environment.ROOT.parent / "shared/data/chainer-caption"
+"""Where they lie on some machines. They are not for everybody to copy."""
+REAL = {"words": "mscoco_caption_train2014_processed_dic.json", "characters": "yjcaptions26k_clean_processed_dic.json"}
+"""The vocabularies whose sizes and special tokens two of the cases have."""
+
+
+def _character(index: int) -> str:
+    return chr((0x3041 if index < 80 else 0x4E00) + index)  # kana, then Han
+
+
+MADE_UP = {"words": "word{}".format, "characters": _character, "languages": "ことば{}".format}
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,12 @@ class Answers:
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        return vocabulary_of(self.case["special"], self.case["vocabulary_size"], WORDS[self.case["name"]])
+        """The real one where it lies, else made-up words. What Chainer answers does not depend on it."""
+        name = self.case["name"]
+        real = REAL_VOCABULARIES / REAL.get(name, "none")
+        if real.is_file():
+            return json.loads(real.read_text(encoding="utf-8"))
+        return vocabulary_of(self.case["special"], self.case["vocabulary_size"], MADE_UP[name])
 
     def best(self, photo: str, start: str, *, beam: int, depth: int = 50) -> list[dict[str, Any]]:
         """`path` and `log_likelihood` of every caption that one search found."""
