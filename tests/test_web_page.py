@@ -1,9 +1,13 @@
-"""The web page in a real browser, in front of the real service."""
+"""The web page in a real browser, in front of the real service.
+
+`SCREENSHOTS=docs/images pytest tests/test_web_page.py -k everybody` writes what the page looks like.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -104,9 +108,12 @@ def test_a_photo_is_captioned_and_everybody_can_use_it(
         answer = requests.post(f"{edge.url}/predict?num_captions=3", files={"image": file}, timeout=60).json()
     wanted = [caption["caption"] for caption in answer["captions"]]
     assert [text.lower() for text in first.locator(".sentence").all_inner_texts()] == wanted
-    assert first.locator(".percent").first.inner_text() == f"{round(answer['captions'][0]['confidence'] * 100)} % sure"
+    assert first.locator(".percent").first.inner_text() == f"{round(answer['captions'][0]['confidence'] * 100)}% sure"
     assert first.locator(".facts").inner_text() == "451 × 300, JPEG"
     assert first.locator(".preview").get_attribute("alt") == f"{wanted[0].capitalize()}."
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(1 * SECONDS)  # until nothing moves
+        page.screenshot(path=Path(folder) / f"web-{scheme}-{viewport['width']}.png", full_page=True)
     for summary in first.locator("summary").all():
         summary.click()
     assert not serious(page)
@@ -120,7 +127,7 @@ def test_words_are_tinted_by_their_probability(open_page: Any, edge: Edge) -> No
     first = captioned(page, CAT)
     rows = first.locator("tbody tr").all()
     first.locator(".words summary").click()
-    probabilities = [float(row.locator("td").inner_text().removesuffix(" %")) / 100 for row in rows]
+    probabilities = [float(row.locator("td").inner_text().removesuffix("%")) / 100 for row in rows]
     words = first.locator(".caption").first.locator(".word")
     doubts = [float(d) for d in words.evaluate_all("all => all.map(w => w.style.getPropertyValue('--doubt'))")]
     assert len(doubts) == len(probabilities) > 3

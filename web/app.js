@@ -18,7 +18,7 @@ const WHAT_WENT_WRONG = {
 };
 
 const element = (id) => document.getElementById(id);
-const percent = (probability) => `${Math.round(100 * probability)} %`;
+const percent = (probability) => `${Math.round(100 * probability)}%`;
 const photos = [];
 
 class Photo {
