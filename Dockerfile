@@ -7,8 +7,6 @@ ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
 # Java for TorchServe's frontend, without what a desktop, a debugger or a compiler would need: 54 MB instead of the 270 of
 # Debian's package with all that it depends on.
 FROM ${BASE_IMAGE} AS java
-# Debian's versions leave its mirrors when they are replaced: pinning them would break every later build.
-# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends openjdk-17-jdk-headless \
     && jlink --add-modules java.se,jdk.crypto.ec,jdk.management,jdk.unsupported,jdk.zipfs --output /opt/java \
@@ -17,7 +15,6 @@ RUN apt-get update \
 # What everything else stands on. Without an init as process 1 the JVM's orphans are never reaped and SIGTERM is ignored
 # until the runtime kills the container.
 FROM ${BASE_IMAGE} AS runtime
-# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends tini \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*

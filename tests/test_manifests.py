@@ -332,8 +332,12 @@ def test_compose() -> None:
     assert published["grafana"][0].startswith("127.0.0.1:")
     assert compose["services"]["caption"]["networks"] == ["inside"]
     assert compose["networks"]["inside"]["internal"] is True
-    (scrape,) = yaml.safe_load((path.parent / "prometheus.yaml").read_text())["scrape_configs"]
+    prometheus = yaml.safe_load((path.parent / "prometheus.yaml").read_text())
+    (scrape,) = prometheus["scrape_configs"]
     assert scrape["static_configs"] == [{"targets": ["caption:8082"]}]
+    for rules in prometheus["rule_files"]:  # "monitoring" is where compose mounts deploy/monitoring
+        assert (DEPLOY / rules).is_file(), rules
+    assert list((DEPLOY / "monitoring").glob("*.json")), "Grafana has no dashboard"
 
 
 def test_limits_are_the_same_everywhere() -> None:
@@ -344,20 +348,16 @@ def test_limits_are_the_same_everywhere() -> None:
     assert len(set(limits.values())) == 1, limits
 
 
-@pytest.mark.parametrize("path", ["Dockerfile", "deploy/container/edge.Dockerfile"])
+@pytest.mark.parametrize("path", ["Dockerfile", "deploy/nginx/Dockerfile"])
 def test_dockerfiles(path: str) -> None:
-    command = [
-        shutil.which("hadolint") or ROOT / ".venv/bin/hadolint",
-        "--no-color",
-        "--failure-threshold",
-        "info",
-        ROOT / path,
-    ]
+    # DL3008 wants versions of Debian's packages, which leave its mirrors when they are replaced: no later build would work.
+    options = ["--no-color", "--failure-threshold", "info", "--ignore", "DL3008"]
+    command = [shutil.which("hadolint") or ROOT / ".venv/bin/hadolint", *options, ROOT / path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", ["Dockerfile", "deploy/container/edge.Dockerfile"])
+@pytest.mark.parametrize("path", ["Dockerfile", "deploy/nginx/Dockerfile"])
 def test_what_a_dockerfile_copies_is_there_and_not_ignored(path: str) -> None:
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for line in (ROOT / path).read_text().splitlines():
