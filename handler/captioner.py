@@ -87,10 +87,10 @@ class Captioner:
             engine = TorchEngine(checkpoint.encoder, self.config.preprocessing, name="torch-fp32", device=torch.device(device))
         self.engine = engine
         self._languages = {language.code: language for language in self.config.languages}
-        self._forbidden = list(self.vocabulary.never_generated)
+        self.forbidden = list(self.vocabulary.never_generated)
         if self.config.search.suppress_unknown:
-            self._forbidden.append(self.vocabulary.unknown_index)
-        self._expander = _expander(checkpoint, self._forbidden, engine, threads)
+            self.forbidden.append(self.vocabulary.unknown_index)
+        self.expander = _expander(checkpoint, self.forbidden, engine, threads)
 
     def warm_up(self) -> None:
         """Caption a grey image, so that the first client does not wait for what is set up on first use."""
@@ -129,7 +129,7 @@ class Captioner:
         """The captions of encoded images (B, 2048), best first."""
         languages = [self._language(p) for p in parameters]
         searches = [self._search(p, language) for p, language in zip(parameters, languages, strict=True)]
-        found = search(self._expander, features, searches, end_token=self.vocabulary.end_index)
+        found = search(self.expander, features, searches, end_token=self.vocabulary.end_index)
         return [
             self._captions(hypotheses, p, language)
             for hypotheses, p, language in zip(found, parameters, languages, strict=True)
