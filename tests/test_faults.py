@@ -1,0 +1,215 @@
+"""What clients see when something breaks: workers killed, hanging, out of memory, a full queue, a service that is a zombie.
+
+Every request gets an answer, and the service is whole again afterwards, or ends. docs/operations.md has it as a table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+import yaml
+
+from scripts import scorecard
+from scripts.package_mar import package
+from scripts.probe import not_alive, not_ready, switched_off
+from scripts.scorecard import Answer, Service
+from scripts.server import CONFIG, TorchServe, free_settings
+from tests.conftest import ROOT, SAMPLES
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+CAT = next(path.read_bytes() for path in SAMPLES if path.stem == "cat")
+QUEUE, BATCH = 20, 8
+RESPONSE_SECONDS, ANSWER_SECONDS = 8, 16
+
+
+@pytest.fixture(scope="module")
+def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
+    """A service that waits for seconds where the real one waits for minutes, with a short queue."""
+    folder = tmp_path_factory.mktemp("fragile")
+    settings = yaml.safe_load((ROOT / "deploy/torchserve/model-config.yaml").read_text())
+    settings |= {
+        "jobQueueSize": QUEUE,
+        "batchSize": BATCH,
+        "responseTimeout": RESPONSE_SECONDS,
+        "minWorkers": 1,
+        "maxWorkers": 1,
+    }
+    (folder / "model-config.yaml").write_text(yaml.safe_dump(settings))
+    package(ROOT / "weights/en", folder / "caption.mar", name="caption", model_config=folder / "model-config.yaml")
+    config = folder / "config.properties"
+    config.write_text(CONFIG.read_text() + f"\nvmargs=-Dcaption.answer.seconds={ANSWER_SECONDS} -Dcaption.idle.seconds=4\n")
+    with TorchServe(free_settings() | {"model_store": str(folder)}, config=config) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture
+def service(fragile: TorchServe) -> Iterator[Service]:
+    service = Service(fragile.address("inference"), fragile.address("management"))
+    assert service.predict(CAT).status == 200
+    yield service
+    fragile.wait_until_ready()
+    assert service.predict(CAT).status == 200
+
+
+def until(reached: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+def error_code(answer: Answer) -> str:
+    return json.loads(answer.body)["error"]["code"]
+
+
+def test_a_killed_worker_costs_its_own_requests_and_no_more(service: Service) -> None:
+    result = scorecard.kill_worker(service)
+    print(f"kill -9: {result.lost} of {result.sent} lost, {result.recovery_s} s to the next caption")
+    assert set(result.lost) <= {"500", "507"}  # answered, each of them
+    assert sum(result.lost.values()) <= BATCH  # those in the batch; what waits in the queue is captioned later
+    assert result.sent > sum(result.lost.values())
+
+
+def test_a_worker_that_hangs_is_replaced_and_nobody_waits_without_end(service: Service) -> None:
+    result = scorecard.kill_worker(service, number=signal.SIGSTOP)
+    print(f"hanging worker: {result.lost} of {result.sent} lost, {result.recovery_s} s to the next caption")
+    assert set(result.lost) <= {"500", "503"}
+    assert sum(result.lost.values()) <= 2 * BATCH
+
+
+def test_a_full_queue_is_said_at_once_and_what_waits_is_captioned(service: Service) -> None:
+    (worker,) = service.workers()
+    os.kill(worker, signal.SIGSTOP)
+    over = QUEUE + BATCH + 10
+    refused: list[Answer] = []
+    captioned: list[Answer] = []
+
+    def send(_: int) -> None:
+        answer = service.predict(CAT)
+        (captioned if answer.status == 200 else refused).append(answer)
+
+    with ThreadPoolExecutor(over) as pool:
+        sent = [pool.submit(send, number) for number in range(over)]
+        with suppress(AssertionError):
+            until(lambda: len(refused) >= 10, seconds=RESPONSE_SECONDS - 3)
+        early = len(refused)
+        os.kill(worker, signal.SIGCONT)
+        for one in sent:
+            one.result()
+    assert early >= 10  # while no worker did anything
+    assert {answer.status for answer in refused} == {503}
+    assert {error_code(answer) for answer in refused} == {"Overloaded"}
+    assert {answer.headers["retry-after"] for answer in refused} == {"1"}
+    assert len(captioned) + len(refused) == over
+    assert len(captioned) >= QUEUE
+
+
+def test_without_workers_a_request_is_answered_all_the_same(service: Service, fragile: TorchServe) -> None:
+    """TorchServe itself would let it wait for ever."""
+    model = fragile.address("management") + "/models/caption"
+    answers: list[Answer] = []
+    waiting = threading.Thread(target=lambda: answers.append(service.predict(CAT, timeout=120)))
+    try:
+        requests.put(model, params={"min_worker": 0, "max_worker": 0, "synchronous": "true"}, timeout=60).raise_for_status()
+        until(lambda: service.workers() == [])
+        assert not_ready(fragile.address("management"), "caption", any_worker=True) == "model caption has no workers"
+        assert switched_off(fragile.address("management"), "caption")
+        # somebody wanted it so: nothing to start anew
+        assert not_alive(fragile.address("management"), fragile.address("inference"), "caption", timeout=1) is None
+        waiting.start()
+        waiting.join()
+    finally:
+        requests.put(model, params={"min_worker": 1, "max_worker": 1, "synchronous": "true"}, timeout=120)
+    assert answers[0].status == 503
+    assert error_code(answers[0]) == "NoAnswer"
+
+
+def test_a_connection_on_which_nothing_comes_is_closed(service: Service, fragile: TorchServe) -> None:
+    host, port = fragile.address("inference").removeprefix("http://").split(":")
+    for sent in (b"", b"POST /predictions/caption HTTP/1.1\r\nContent-Length: 10\r\n\r\nabc"):
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(sent)
+            assert connection.recv(100) == b""
+
+
+def test_out_of_memory_fails_the_request_and_not_the_service(service: Service) -> None:
+    worker = psutil.Process(service.workers()[0])
+    before = resource.prlimit(worker.pid, resource.RLIMIT_AS)
+    resource.prlimit(worker.pid, resource.RLIMIT_AS, (worker.memory_info().vms + 2**20, before[1]))
+    try:
+        statuses = {service.predict(CAT + bytes(16 * 2**20), timeout=60).status for _ in range(2)}
+    finally:
+        with suppress(ProcessLookupError):
+            resource.prlimit(worker.pid, resource.RLIMIT_AS, before)
+    print(f"out of memory: {statuses}")
+    assert statuses <= {413, 500, 503, 507}
+    until(lambda: service.predict(CAT).status == 200)
+
+
+def test_bad_clients_and_a_dead_worker_at_once_leave_nothing_behind(service: Service) -> None:
+    before = scorecard.temporary_files(service)
+    scorecard.kill_worker(service, clients=2)
+    left = {path for path in scorecard.temporary_files(service) - before if not path.name.startswith(".ts.sock")}
+    assert left == set()
+
+
+@pytest.fixture
+def supervised(tmp_path: Path, fragile: TorchServe) -> Iterator[tuple[subprocess.Popen[str], Service]]:
+    """`scripts.server` as whoever deploys it runs it, patient for seconds instead of minutes."""
+    store = tmp_path / "store"
+    store.mkdir()
+    package(
+        ROOT / "weights/en", store / "caption.mar", name="caption", model_config=ROOT / "deploy/torchserve/model-config.yaml"
+    )
+    settings = free_settings() | {"model_store": str(store)}
+    environment = os.environ | {f"TS_{key.upper()}": value for key, value in settings.items()} | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scripts.server", "--stall", "10"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("stop"):
+            break
+    yield process, Service(settings["inference_address"], settings["management_address"])
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("stopped", ["worker", "frontend"])
+def test_a_zombie_ends_with_a_message_so_that_it_is_started_anew(
+    supervised: tuple[subprocess.Popen[str], Service], stopped: str
+) -> None:
+    process, service = supervised
+    family = psutil.Process(process.pid).children(recursive=True)
+    frontend = next(one for one in family if one.name() == "java")
+    os.kill(service.workers()[0] if stopped == "worker" else frontend.pid, signal.SIGSTOP)
+    assert process.stdout is not None
+    printed = process.stdout.read()  # until it has ended
+    assert process.wait(timeout=60) == 1
+    assert "error: nothing has been captioned for" in printed
+    assert "starts it anew" in printed
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert alive == []
