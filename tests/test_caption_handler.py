@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import yaml
 from ts.context import Context, RequestProcessor
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
+from handler import access_log
 from handler.caption_handler import CaptionHandler
 from handler.checkpoint import Checkpoint, save_checkpoint
 from tests.conftest import ROOT
@@ -139,6 +142,79 @@ def test_metrics_are_counted_as_they_are_declared(send: Any, encoded: Encoded, c
     assert names >= {"CaptionedImages", "Captions", "DecodeMilliseconds", "EncodeMilliseconds", "SearchMilliseconds"}
     (error,) = [line for line in lines if "CaptionErrors" in line]
     assert "Code:InvalidImage" in error
+
+
+def test_a_fault_of_the_search_fails_the_image_at_fault_alone(
+    send: Any, handler: CaptionHandler, encoded: Encoded, monkeypatch: Any
+) -> None:
+    caption = handler.captioner.caption
+
+    def fail(images: Any, parameters: Any) -> Any:
+        if any(image.format == "GIF" for image in images):
+            raise RuntimeError("out of memory")
+        return caption(images, parameters)
+
+    monkeypatch.setattr(handler.captioner, "caption", fail)
+    answers = send(*(({"body": bytearray(encoded(f))}, {}) for f in ("PNG", "GIF", "JPEG")))
+    assert [status for status, _, _ in answers] == [200, 500, 200]
+    assert [answer["image"]["format"] for _, _, answer in answers[::2]] == ["PNG", "JPEG"]
+
+
+def logged(handler: CaptionHandler, caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    assert handler.access_log is not None
+    handler.access_log.flush()
+    return [json.loads(r.getMessage()) for r in caplog.records if r.name == "handler.access_log"]
+
+
+def test_each_request_is_a_line_of_the_access_log(
+    send: Any, handler: CaptionHandler, encoded: Encoded, caplog: pytest.LogCaptureFixture
+) -> None:
+    instances = {"instances": [base64.b64encode(encoded()).decode(), "QUJD"]}
+    with caplog.at_level("INFO"):
+        send(
+            ({"image": bytearray(encoded())}, FORM | {"X-Request-Id": "order-7"}),
+            ({"body": bytearray(b"no image")}, {"x-request-id": "a b\r\nSet-Cookie: x"}),
+            ({"body": bytearray(json.dumps(instances).encode())}, {"content-type": "application/json"}),
+            ({}, {}),
+        )
+        one, bad, many, empty = logged(handler, caplog)
+    assert (one["status"], one["id"], one["client_id"], one["batch"], one["version"]) == (200, "id-0", "order-7", 4, "2.5")
+    assert one["images"][0].items() >= {"width": 90, "height": 60, "format": "JPEG"}.items()
+    assert {"time", "ms", "encode_ms", "search_ms", "bytes"} <= set(one)
+    assert (bad["status"], bad["code"], "client_id" in bad) == (400, "InvalidImage", False)
+    assert (many["status"], many["form"], many["code"]) == (200, "v1", "InvalidImage")
+    assert [image.get("code") for image in many["images"]] == [None, "InvalidImage"]
+    assert (empty["status"], empty["code"]) == (400, "MissingImage")
+
+
+def test_nothing_of_a_request_is_in_the_log(send: Any, handler: CaptionHandler, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG"):
+        send(
+            ({"body": bytearray(b"secret"), "secret": bytearray(b"secret")}, {"X-Secret": "secret"}),
+            ({"body": bytearray(b'{"image": "secret", "secret": 1}')}, {"content-type": "application/json"}),
+        )
+        assert len(logged(handler, caplog)) == 2
+    assert "secret" not in caplog.text
+
+
+def test_a_log_that_cannot_keep_up_drops_lines_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    gate = threading.Event()
+
+    def slow(line: str) -> None:
+        gate.wait()
+        written.append(line)
+
+    monkeypatch.setattr(access_log.logger, "info", slow)
+    log = access_log.AccessLog(capacity=2)
+    for number in range(50):
+        log.add({"number": number})
+    gate.set()
+    log.flush()
+    log.add({"number": 50})
+    log.flush()
+    assert len(written) < 10
+    assert sum(json.loads(line).get("dropped_before", 0) for line in written) == 51 - len(written)
 
 
 def test_the_module_has_the_one_class_that_torchserve_takes() -> None:

@@ -98,7 +98,8 @@ public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequ
             NettyUtils.sendError(ctx, HttpResponseStatus.METHOD_NOT_ALLOWED, e);
         } catch (ServiceUnavailableException e) {
             if (inference) {
-                String message = "too many requests wait already: try again after the seconds in Retry-After";
+                String message =
+                        "no worker can take this request, most likely too many wait already: try again after the seconds in Retry-After";
                 send(ctx, HttpResponseStatus.SERVICE_UNAVAILABLE, "Overloaded", message);
             } else {
                 NettyUtils.sendError(ctx, HttpResponseStatus.SERVICE_UNAVAILABLE, e);
