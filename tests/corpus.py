@@ -80,7 +80,7 @@ def encodings(photo: Image.Image) -> Iterator[Encoding]:
     """One RGB photo in every format, mode and way of saving that is served."""
     yield from _jpeg(photo)
     yield from _png(photo)
-    for file_format, options in (
+    plain: list[tuple[str, dict[str, Any]]] = [
         ("WEBP", {"quality": 90}),
         ("WEBP", {"lossless": True}),
         ("WEBP", {"quality": 85, "method": 0, "exif": _exif(1)}),
@@ -89,7 +89,8 @@ def encodings(photo: Image.Image) -> Iterator[Encoding]:
         ("TIFF", {"compression": "jpeg", "quality": 95}),
         ("TIFF", {"big_tiff": True}),
         ("BMP", {}),
-    ):
+    ]
+    for file_format, options in plain:
         yield Encoding(_named(file_format, options), _saved(photo, file_format, **options))
     opaque = photo.convert("RGBA")
     for file_format in ("WEBP", "TIFF", "BMP"):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import requests
 
-from handler.checkpoint import copy_checkpoint, read_manifest
+from handler.checkpoint import Checkpoint, save_checkpoint
 from scripts import scorecard
 from scripts.package_mar import package
 from scripts.scorecard import MIB, Service
@@ -35,18 +35,16 @@ GROWTH_MIB = 120
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[tuple[Service, str]]:
-    """A service whose model store holds versions 1.0 and 2.0, and its management API's URL of the model."""
-    settings = ROOT / "deploy/torchserve/model-config.yaml"
-    second = tmp_path / "second"
-    copy_checkpoint(ROOT / "weights/en", second)
-    manifest = second / "checkpoint.json"
-    version = read_manifest(second).config.version
-    manifest.write_text(manifest.read_text().replace(f'"version": "{version}"', '"version": "2.0"'))
-    store = tmp_path / "store"
-    package(ROOT / "weights/en", store / "caption.mar", name="caption", model_config=settings)
-    package(second, store / "caption-2.mar", name="caption", model_config=settings)
-    with TorchServe(free_settings() | {"model_store": str(store), "enable_model_api": "true"}) as running:
+def service(tmp_path: Path, checkpoint: Checkpoint) -> Iterator[tuple[Service, str]]:
+    """A service whose model store holds versions 1.0 and 2.0, and its management API's URL."""
+    parts = {"vocabulary": checkpoint.vocabulary, "encoder": checkpoint.encoder, "decoder": checkpoint.decoder}
+    for version in ("1.0", "2.0"):
+        config = checkpoint.config.model_copy(update={"version": version})
+        save_checkpoint(tmp_path / version, config=config, **parts)  # type: ignore[arg-type]
+        archive = tmp_path / f"store/caption-{version}.mar"
+        package(tmp_path / version, archive, name="caption", model_config=ROOT / "deploy/torchserve/model-config.yaml")
+    settings = {"model_store": str(tmp_path / "store"), "load_models": "caption=caption-1.0.mar", "enable_model_api": "true"}
+    with TorchServe(free_settings() | settings) as running:
         running.wait_until_ready()
         management = running.address("management")
         yield Service(running.address("inference"), management), management
@@ -92,7 +90,7 @@ def test_mixed_traffic_through_updates_and_scaling_loses_nothing_and_leaves_noth
             memory, files = running.memory(), scorecard.temporary_files(running)
             descriptors = scorecard.open_files(running)
             end = time.monotonic() + SECONDS * 3 / 4
-            versions = itertools.cycle([("1.0", "2.0", "caption-2.mar"), ("2.0", "1.0", "caption.mar")])
+            versions = itertools.cycle([("1.0", "2.0", "caption-2.0.mar"), ("2.0", "1.0", "caption-1.0.mar")])
             rolled = 0
             while time.monotonic() < end or rolled % 2:
                 roll(management, *next(versions))
