@@ -50,8 +50,8 @@ def service(tmp_path: Path, checkpoint: Checkpoint) -> Iterator[tuple[Service, s
         yield Service(running.address("inference"), management), management
 
 
-def call(method: str, url: str, **parameters: Any) -> None:
-    response = requests.request(method, url, params=parameters, timeout=180)
+def call(method: str, address: str, /, **parameters: Any) -> None:
+    response = requests.request(method, address, params=parameters, timeout=180)
     assert response.status_code in (200, 202), response.text
 
 
