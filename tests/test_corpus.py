@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, WebPImagePlugin
 
-from handler.config import DecodingConfig, ImageLimits, PreprocessingConfig
-from handler.errors import ImageTooLarge, RequestError
+from handler.checkpoint import Checkpoint
+from handler.config import DecodingConfig, ImageLimits, PreprocessingConfig, ServingConfig
+from handler.contract import RequestParser, error_answer
+from handler.errors import ImageTooLarge, InvalidRequest, RequestError
 from handler.isolation import FittedImage, ImageReader
+from handler.parameters import Parameters
 from tests.conftest import SAMPLES
 from tests.corpus import encodings, images, named_bombs, picture
 
@@ -131,3 +135,41 @@ def test_a_file_that_takes_too_long_is_refused_and_the_next_one_is_not(reader: I
         reader.read(slow, 0.001)
     assert status(reader, FILES[0]) == 200
     assert status(reader, slow) == 200
+
+
+NAMES = "image instances inputs parameters b64 data body file id outputs name shape datatype"
+KEYS = st.sampled_from([*NAMES.split(), *Parameters.model_fields])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just("QUJD"),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(KEYS | st.text(max_size=10), inner, max_size=5),
+    max_leaves=20,
+)
+FIELDS = st.dictionaries(KEYS | st.text(max_size=10), st.binary(max_size=50) | st.text(max_size=20) | JSON, max_size=4)
+
+
+@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", "400")))
+@given(
+    fields=FIELDS | JSON.map(lambda body: {"body": json.dumps(body).encode()}) | st.binary().map(lambda b: {"body": b}),
+    kind=st.sampled_from((None, "", "image/png", "application/json", "multipart/form-data; boundary=x", "text/plain")),
+)
+def test_no_request_gives_anything_but_images_or_a_clear_refusal(
+    checkpoint: Checkpoint, fields: dict[str, object], kind: str | None
+) -> None:
+    parser = RequestParser(checkpoint.config, ServingConfig())
+    try:
+        request = parser.parse(fields, kind)
+    except RequestError as error:
+        assert error.message
+        assert len(error.message) < 1000
+        assert error_answer(error)[0] == error.status
+    else:
+        assert 1 <= len(request.images) <= 32
+        assert all(isinstance(image, bytes | RequestError) for image in request.images)
+
+
+def test_a_body_of_millions_of_values_is_refused_before_it_is_parsed(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
+    with pytest.raises(InvalidRequest, match="10,000 values"):
+        RequestParser(checkpoint.config, ServingConfig()).parse({"body": b"[" + b"[]," * 10**6 + b"[]]"}, "application/json")
