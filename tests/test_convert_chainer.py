@@ -416,7 +416,7 @@ def test_words_is_an_english_word_too(tmp_path: Path) -> None:
 )
 def test_real_vocabularies(file: str, tokens: int, code: str, tokenization: str) -> None:
     if not (REAL_VOCABULARIES / file).is_file():
-        pytest.skip(f"{REAL_VOCABULARIES} is not here")
+        pytest.skip("chainer-caption's vocabularies are not here: let CHAINER_CAPTION_DATA name its folder data/MSCOCO")
     vocabulary = read_vocabulary(REAL_VOCABULARIES / file)
     (language,) = languages_of(vocabulary)
     assert (len(vocabulary), language.code, language.tokenization) == (tokens, code, tokenization)

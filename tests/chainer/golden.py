@@ -11,6 +11,7 @@ golden/CASE/captions.json       every caption that each search finds, best first
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -27,8 +28,8 @@ GOLDEN = Path(__file__).with_name("golden")
 NAMES = tuple(sorted(folder.name for folder in GOLDEN.iterdir()))
 ANSWERS = ("features.npy", "probabilities.npy", "captions.json")
 
-REAL_VOCABULARIES = environment.ROOT.parent / "shared/data/chainer-caption"
-"""Where they lie on some machines. They are not for everybody to copy."""
+REAL_VOCABULARIES = Path(os.environ.get("CHAINER_CAPTION_DATA", environment.ROOT.parent / "shared/data/chainer-caption"))
+"""chainer-caption's folder `data/MSCOCO`. Its vocabularies are not ours to distribute."""
 REAL = {"words": "mscoco_caption_train2014_processed_dic.json", "characters": "yjcaptions26k_clean_processed_dic.json"}
 """The vocabularies whose sizes and special tokens two of the cases have."""
 
