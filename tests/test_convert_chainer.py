@@ -23,7 +23,15 @@ from handler.captioner import Captioner
 from handler.checkpoint import load_checkpoint, read_manifest
 from handler.parameters import Parameters
 from scripts import convert_chainer
-from scripts.convert_chainer import ChainerFileError, caption_features, convert, languages_of, read_decoder, read_vocabulary
+from scripts.convert_chainer import (
+    ChainerFileError,
+    caption_features,
+    convert,
+    languages_of,
+    read_decoder,
+    read_encoder,
+    read_vocabulary,
+)
 from tests.chainer import golden
 from tests.chainer.environment import EnvironmentUnavailable
 from tests.chainer.golden import REAL_VOCABULARIES, Answers
@@ -371,6 +379,13 @@ def test_a_cnn_that_was_cut_off_is_a_clear_error(
     shutil.copyfile(files.cnn, spoilt.cnn)
     cut_off(spoilt.cnn)
     assert_refused(spoilt, tmp_path, monkeypatch, capsys, "damaged or cut off")
+
+
+def test_a_cnn_needs_neither_its_classifier_nor_its_counters(tmp_path: Path) -> None:
+    """Files that were stripped of what captioning does not use."""
+    weights = {name: values for name, values in random_cnn(0).items() if name.split("/")[0] != "fc" and name[-2:] != "/N"}
+    write_hdf5(tmp_path / "cnn.model", weights)
+    assert torch.equal(read_encoder(tmp_path / "cnn.model").conv1.weight, torch.from_numpy(weights["conv1/W"]))
 
 
 def test_a_pickle_is_never_run(files: ModelFiles, tmp_path: Path) -> None:
