@@ -41,9 +41,11 @@ class Encoder(nn.Module):
 
 def _as_in_caffe(resnet: nn.Module) -> None:
     """Turn torchvision's v1.5 into the v1 network of Caffe and chainer-caption, in place."""
+    from handler.torchvision_models import models
+
     resnet.maxpool = nn.MaxPool2d(3, stride=2, padding=0, ceil_mode=True)
     for block in resnet.modules():
-        if type(block).__name__ == "Bottleneck" and block.stride != 1:
+        if isinstance(block, models.resnet.Bottleneck) and block.stride != 1:
             block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
         if isinstance(block, nn.BatchNorm2d):
             block.eps = CAFFE_BATCH_NORM_EPS

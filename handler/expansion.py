@@ -95,17 +95,18 @@ class Folded(NamedTuple):
 
 @torch.inference_mode()
 def fold(decoder: Decoder, forbidden: Sequence[int]) -> Folded:
-    lstm, output = decoder.lstm, decoder.output
-    bias = lstm.bias_ih_l0 + lstm.bias_hh_l0
+    output = decoder.output
+    weights = dict(decoder.lstm.named_parameters())
+    bias = weights["bias_ih_l0"] + weights["bias_hh_l0"]
     mask = torch.zeros_like(output.bias)
     mask[list(forbidden)] = -torch.inf
     return Folded(
         embed_image=decoder.embed_image.weight,
         image_bias=decoder.embed_image.bias,
-        input=lstm.weight_ih_l0,
+        input=weights["weight_ih_l0"],
         input_bias=bias,
-        table=decoder.embed_token.weight @ lstm.weight_ih_l0.T + bias,
-        product=torch.cat([lstm.weight_hh_l0, output.weight]),
+        table=decoder.embed_token.weight @ weights["weight_ih_l0"].T + bias,
+        product=torch.cat([weights["weight_hh_l0"], output.weight]),
         product_bias=torch.cat([torch.zeros_like(bias), output.bias]),
         mask=mask,
     )

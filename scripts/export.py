@@ -61,8 +61,7 @@ def as_openvino(checkpoint: Path) -> Any:
     network = _WithPreprocessing(load_encoder(checkpoint), preprocessing).eval().requires_grad_(False)
     pixels = torch.zeros(1, 3, preprocessing.size, preprocessing.size, dtype=torch.uint8)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # mean and std are constants, and meant to be
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore")  # of tracing: mean and std are constants, and meant to be
         model = openvino.convert_model(network, example_input=pixels)
     model.reshape([-1, *pixels.shape[1:]])
     return model
@@ -72,8 +71,10 @@ def save_export(model: Any, checkpoint: Path, directory: Path, *, numbers: Numbe
     """Write `directory`: the model, and of which encoder it is."""
     import openvino
 
+    # Names are numbered through the process's life; the same model should be the same bytes.
+    model.set_friendly_name("encoder")
     for number, node in enumerate(model.get_ordered_ops()):
-        node.set_friendly_name(f"{node.get_type_name()}_{number}")  # its own are numbered through the process's life
+        node.set_friendly_name(f"{node.get_type_name()}_{number}")
     directory.mkdir(parents=True, exist_ok=True)
     openvino.save_model(model, directory / FILES[0], compress_to_fp16=True)
     manifest = read_manifest(checkpoint)

@@ -1,0 +1,180 @@
+"""The engine that serves is the fastest that archive and machine allow, and all engines compute the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import handler.engine
+from handler.captioner import Captioner, load_captioner
+from handler.checkpoint import Checkpoint, save_checkpoint
+from handler.config import EngineName, ServingConfig
+from handler.engine import TorchEngine, cpu_flags
+from handler.errors import CheckpointError
+from handler.parameters import parse_parameters
+from scripts.export import export
+from tests.conftest import SAMPLES
+
+openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -r requirements/serve.txt")
+
+
+@pytest.fixture(scope="module")
+def saved(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("engine") / "checkpoint"
+    parts = {"vocabulary": checkpoint.vocabulary, "encoder": checkpoint.encoder, "decoder": checkpoint.decoder}
+    save_checkpoint(directory, config=checkpoint.config, **parts)  # type: ignore[arg-type]
+    return directory
+
+
+@pytest.fixture(scope="module")
+def exported(saved: Path) -> Path:
+    directory = saved.parent / "engine"
+    export(saved, directory)
+    return directory
+
+
+@pytest.fixture
+def load(saved: Path, exported: Path) -> Callable[..., Captioner]:
+    def of(engine: EngineName = "auto", exported: Path = exported, **environment: str) -> Captioner:
+        return load_captioner(saved, exported, ServingConfig(engine=engine, threads=2), environment=environment)
+
+    return of
+
+
+@pytest.fixture
+def pixels(load: Callable[..., Captioner]) -> torch.Tensor:
+    captioner = load("torch-fp32")
+    return torch.stack([captioner.prepare(path.read_bytes()).pixels for path in SAMPLES])
+
+
+def test_fp32_engines_compute_the_same(load: Callable[..., Captioner], pixels: torch.Tensor) -> None:
+    expected, found = load("torch-fp32").encode(pixels), load("openvino-fp32").encode(pixels)
+    assert found.shape == (len(pixels), 2048)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["torch-bf16", "openvino-bf16"])
+def test_bfloat16_is_close(load: Callable[..., Captioner], pixels: torch.Tensor, name: EngineName) -> None:
+    captioner = load(name)
+    if captioner.engine.name != name:
+        pytest.skip("this CPU has no instructions for bfloat16")
+    similarity = torch.cosine_similarity(captioner.encode(pixels), load("torch-fp32").encode(pixels))
+    assert float(similarity.min()) > 0.99
+
+
+def test_engines_give_the_same_captions(load: Callable[..., Captioner]) -> None:
+    """The same words and, to 1e-3, the same likelihoods: encoder and search by two libraries."""
+    answers = []
+    for name in ("torch-fp32", "openvino-fp32"):
+        captioner = load(name)
+        images = [captioner.prepare(path.read_bytes()) for path in SAMPLES]
+        found = captioner.caption(images, [parse_parameters({}, captioner.config)] * len(images))
+        answers.append([(c.caption, c.log_likelihood) for image in found for c in image.captions])
+    for (one, likelihood), (other, close) in zip(*answers, strict=True):
+        assert one == other
+        assert likelihood == pytest.approx(close, abs=1e-2)
+
+
+def test_features_of_one_call_outlive_the_next(load: Callable[..., Captioner], pixels: torch.Tensor) -> None:
+    """OpenVINO writes every result to the same place."""
+    captioner = load("openvino-fp32")
+    first = captioner.encode(pixels[:1])
+    before = first.clone()
+    captioner.encode(pixels[1:2])
+    assert torch.equal(first, before)
+
+
+def test_auto_takes_openvino_where_the_archive_has_it(load: Callable[..., Captioner]) -> None:
+    assert load().engine.name in ("openvino-bf16", "openvino-fp32")
+
+
+def test_the_environment_overrides_the_archive(load: Callable[..., Captioner]) -> None:
+    assert load("auto", CAPTION_ENGINE="torch-fp32").engine.name == "torch-fp32"
+    with pytest.raises(ValueError, match="engine"):
+        load("auto", CAPTION_ENGINE="faster")
+
+
+def test_without_the_package_torch_serves_and_the_log_says_so(
+    load: Callable[..., Captioner], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(handler.engine.importlib.util, "find_spec", lambda _name: None)
+    with caplog.at_level(logging.INFO, logger="handler.engine"):
+        assert isinstance(load("openvino-fp32").engine, TorchEngine)
+    (record,) = [r for r in caplog.records if "not openvino-fp32" in r.message]
+    assert record.levelno == logging.WARNING
+    assert "not installed" in record.message
+
+
+def test_a_cpu_without_the_instructions_falls_back(
+    load: Callable[..., Captioner], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("handler.openvino_engine.has_bfloat16", lambda: False)
+    monkeypatch.setattr(handler.engine, "cpu_flags", set)
+    with caplog.at_level(logging.INFO, logger="handler.engine"):
+        assert load("openvino-bf16").engine.name == "openvino-fp32"
+    assert "no instructions for bfloat16" in caplog.text
+
+
+def test_an_archive_without_an_export_is_served_by_torch(load: Callable[..., Captioner], tmp_path: Path) -> None:
+    assert load(exported=tmp_path).engine.name.startswith("torch")
+
+
+def test_an_export_of_another_encoder_is_not_used(load: Callable[..., Captioner], exported: Path, tmp_path: Path) -> None:
+    other = tmp_path / "engine"
+    other.mkdir()
+    for file in exported.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    text = (other / "engine.json").read_text()
+    digest = text.partition('"encoder_sha256": "')[2].partition('"')[0]
+    (other / "engine.json").write_text(text.replace(digest, "0" * 64))
+    assert load(exported=other).engine.name.startswith("torch")
+
+
+def test_a_damaged_export_is_refused(load: Callable[..., Captioner], exported: Path, tmp_path: Path) -> None:
+    other = tmp_path / "engine"
+    other.mkdir()
+    for file in exported.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    with open(other / "encoder.bin", "ab") as weights:
+        weights.write(b"x")
+    with pytest.raises(CheckpointError, match=r"encoder\.bin is missing or damaged"):
+        load(exported=other)
+
+
+def test_the_search_does_without_the_encoder_and_torchvision(saved: Path, exported: Path) -> None:
+    """A cold start reads and imports only what serves."""
+    import subprocess
+    import sys
+
+    program = """
+import sys, pathlib
+from handler.captioner import load_captioner
+from handler.config import ServingConfig
+captioner = load_captioner(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), ServingConfig())
+captioner.warm_up()
+print(sorted(name for name in ("torchvision", "scipy", "matplotlib") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program, saved, exported], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_flags_are_the_cpus_own() -> None:
+    assert all(flag == flag.strip() and flag for flag in cpu_flags())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_captions_as_the_cpu_does(saved: Path, exported: Path, load: Callable[..., Captioner]) -> None:
+    gpu = load_captioner(saved, exported, ServingConfig(engine="torch-fp32"), device="cuda:0", environment={})
+    half = load_captioner(saved, exported, ServingConfig(), device="cuda:0", environment={})
+    assert half.engine.name == "torch-fp16"
+    cpu = load("torch-fp32")
+    images = [cpu.prepare(path.read_bytes()) for path in SAMPLES]
+    wanted = [parse_parameters({}, cpu.config)] * len(images)
+    for one, other in zip(cpu.caption(images, wanted), gpu.caption(images, wanted), strict=True):
+        assert one.captions[0].caption == other.captions[0].caption
+    assert len(half.caption(images, wanted)) == len(images)

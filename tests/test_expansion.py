@@ -1,0 +1,77 @@
+"""The folded decoders do, step by step and caption by caption, what the decoder does as it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from handler.beam_search import Search, search
+from handler.expansion import Expander, PlainExpander, TorchExpander, fold
+from tests.test_beam_search import END, FORBIDDEN, START, random_decoder
+
+VOCABULARY = 40
+DECODER = random_decoder(5, hidden=16, vocabulary=VOCABULARY)
+
+
+def by_openvino() -> Expander[Any]:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -r requirements/serve.txt")
+    from handler.openvino_engine import OpenVinoExpander
+
+    return OpenVinoExpander(fold(DECODER, FORBIDDEN), threads=1)
+
+
+FOLDED: dict[str, Callable[[], Expander[Any]]] = {
+    "torch": lambda: TorchExpander(fold(DECODER, FORBIDDEN)),
+    "openvino": by_openvino,
+}
+
+
+@pytest.fixture(scope="module", params=FOLDED)
+def folded(request: pytest.FixtureRequest) -> Expander[Any]:
+    return FOLDED[request.param]()
+
+
+def features(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 10), st.integers(1, 12), st.sampled_from([0.0, 0.75, 2.0])), min_size=1, max_size=6),
+    st.integers(0, 100),
+)
+@settings(max_examples=40)
+def test_the_same_captions_as_the_plain_search(folded: Expander[Any], wanted: list[tuple[int, int, float]], seed: int) -> None:
+    searches = [Search(START, *values) for values in wanted]
+    images = features(len(searches), seed)
+    expected = search(PlainExpander(DECODER, FORBIDDEN), images, searches, end_token=END)
+    found = search(folded, images, searches, end_token=END)
+    for plain, fast in zip(expected, found, strict=True):
+        assert [h.tokens for h in plain] == [h.tokens for h in fast]
+        for one, other in zip(plain, fast, strict=True):
+            assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-5)
+
+
+def test_rows_may_be_taken_twice_or_not_at_all(folded: Expander[Any]) -> None:
+    plain = PlainExpander(DECODER, FORBIDDEN)
+    expected, state = plain.start(features(3, 0)), folded.start(features(3, 0))
+    for rows, tokens in (([2, 0, 2, 1], [1, 4, 5, 6]), ([3, 3], [7, 8]), ([1], [9])):
+        at, of = torch.tensor(rows).numpy(), torch.tensor(tokens).numpy()
+        gains, words, expected = plain.expand(expected, at, of, 4)
+        fast_gains, fast_words, state = folded.expand(state, at, of, 4)
+        assert fast_words.tolist() == words.tolist()
+        assert fast_gains == pytest.approx(gains, abs=1e-5)
+
+
+def test_what_is_forbidden_comes_last_and_keeps_its_probability(folded: Expander[Any]) -> None:
+    """All words in order: the forbidden ones at the end, and the others' probabilities do not add up to 1."""
+    state = folded.start(features(1, 1))
+    gains, words, _ = folded.expand(state, torch.tensor([0]).numpy(), torch.tensor([START]).numpy(), 10)
+    assert not set(words[0].tolist()) & set(FORBIDDEN)
+    with torch.no_grad():
+        expected = DECODER(features(1, 1), torch.tensor([[START]]))[0, -1].log_softmax(0)
+    assert gains[0] == pytest.approx(expected[torch.from_numpy(words[0]).long()].numpy(), abs=1e-5)
