@@ -71,6 +71,12 @@ print(len(captioner.caption([image], [parse_parameters({}, captioner.config)])[0
     assert int(done.stdout) >= 1
 
 
+def test_the_exported_encoder_is_packed_so_that_a_cold_start_converts_nothing(archive: Path) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -r requirements/serve.txt")
+    with zipfile.ZipFile(archive) as packed:
+        assert {"engine/engine.json", "engine/encoder.xml", "engine/encoder.bin"} <= set(packed.namelist())
+
+
 def test_a_damaged_checkpoint_leaves_no_archive(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "damaged")
     (tmp_path / "damaged/decoder.safetensors").write_bytes(b"x")
