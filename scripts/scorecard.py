@@ -552,6 +552,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "weights/en", help="of the service that is started")
     parser.add_argument("--output", type=Path, metavar="PATH", help="write PATH.md and PATH.json; default: print the first")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was started is stopped
     if arguments.url:
         service = Service(arguments.url.rstrip("/"), arguments.management, arguments.model)
         if arguments.management and (reason := not_ready(arguments.management, arguments.model)):

@@ -29,7 +29,8 @@ import org.slf4j.LoggerFactory;
  * Where requests enter TorchServe 0.12.0. This class stands in for the one of the same name in its jar, whose holes it closes:
  *
  * <ul>
- *   <li>A form that cannot be parsed is answered with 400, not with 500 and a stack trace in the log.
+ *   <li>A form that cannot be parsed is answered with 400, not with 500 and a stack trace in the log, and its memory is
+ *       given back.
  *   <li>A body under application/x-www-form-urlencoded, which is what {@code curl --data-binary} sends, is a body like any
  *       other. Netty's parser for these forms needs minutes of a frontend thread for a megabyte of fields.
  *   <li>A full queue is answered with 503 and Retry-After, in words that say what is the matter.
@@ -87,6 +88,9 @@ public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequ
                 | WorkflowNotFoundException e) {
             NettyUtils.sendError(ctx, HttpResponseStatus.NOT_FOUND, e);
         } catch (ErrorDataDecoderException e) {
+            while (req.refCnt() > 1) { // the parts that the parser had found and will never give back
+                req.release();
+            }
             send(ctx, HttpResponseStatus.BAD_REQUEST, "InvalidRequest", "the multipart form cannot be parsed");
         } catch (BadRequestException | ModelException | DownloadArchiveException e) {
             NettyUtils.sendError(ctx, HttpResponseStatus.BAD_REQUEST, e);
