@@ -18,6 +18,7 @@ import psutil
 import pytest
 import requests
 
+from scripts import doctor
 from scripts.server import TorchServe, free_settings
 from tests.conftest import ROOT
 
@@ -215,6 +216,47 @@ def test_workers_scale_through_the_management_api_while_requests_run(url: str, s
     down = requests.put(management, params=workers(len(before)), timeout=120)
     assert down.status_code == 200
     assert worker_processes(server) == before
+
+
+def test_nobody_can_register_a_model_and_nothing_listens_beyond_the_loopback(server: TorchServe) -> None:
+    management = server.address("management")
+    for method, path in (("POST", "/models?url=http://127.0.0.1:9/x.mar"), ("DELETE", "/models/caption/1.0")):
+        assert requests.request(method, management + path, timeout=10).status_code == 405
+    assert server.pid is not None
+    listening = [
+        connection.laddr.ip
+        for process in (psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True))
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 5  # three HTTP and two gRPC addresses
+    assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+
+
+def test_the_doctor_finds_a_healthy_service_healthy(url: str, server: TorchServe) -> None:
+    post(url, files={"image": CAT})
+    addresses = doctor.Addresses(*(server.address(name) for name in ("inference", "management", "metrics")), "caption")
+    findings = list(doctor.examine(addresses))
+    assert [str(finding) for finding in findings if finding.state == "broken"] == []
+    said = "\n".join(map(str, findings))
+    for what in (
+        "an image is captioned",
+        "version 1.0: 1 of 1 workers READY",
+        "MiB",
+        "file descriptors",
+        " 0 5xx",
+        "cannot be registered",
+    ):
+        assert what in said, said
+
+
+def test_the_doctor_says_what_is_wrong_with_one_that_is_not_there() -> None:
+    command = [sys.executable, "-m", "scripts.doctor"]
+    for api in ("inference", "management", "metrics"):
+        command += [f"--{api}", "http://127.0.0.1:9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "broken   the inference API does not answer" in done.stdout
 
 
 @pytest.fixture
