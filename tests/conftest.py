@@ -142,3 +142,8 @@ def edge(server: TorchServe) -> Iterator[Edge]:
     upstream = server.address("inference").removeprefix("http://")
     with running_edge({"EDGE_UPSTREAM": upstream, "EDGE_RATE": "1000r/s", "EDGE_BURST": "1000"}) as running:
         yield running
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What fails fast is to fail first: tests without a server, then those with one, then the slow ones."""
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, item.get_closest_marker("server") is not None))
