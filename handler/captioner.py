@@ -179,7 +179,7 @@ def load_captioner(
     device: str = "cpu",
     environment: Mapping[str, str] = os.environ,
 ) -> Captioner:
-    """A model as it is served: with the engine that `serving`, or the environment, asks for; see `handler.engine`.
+    """A model as it is served: with the engine that the environment, `serving` or the model asks for; see `handler.engine`.
 
     Raises CheckpointError, and ValueError when the environment asks for what there is not.
     """
@@ -189,7 +189,7 @@ def load_captioner(
     torch.set_num_threads(threads)
     manifest = read_manifest(checkpoint)
     engine = load_engine(
-        serving.engine,
+        manifest.config.engine if serving.engine == "auto" else serving.engine,
         exported=exported,
         encoder_sha256=manifest.files["encoder"].sha256,
         load_encoder=lambda: load_encoder(checkpoint),

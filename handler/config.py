@@ -14,6 +14,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Tokenization = Literal["word", "character"]
+EngineName = Literal["auto", "torch-fp32", "torch-bf16", "torch-fp16", "openvino-fp32", "openvino-bf16", "openvino-int8"]
 WRITTEN_WITHOUT_SPACES = ("ja", "km", "lo", "my", "th", "zh")
 """Languages without spaces between words, by their BCP 47 codes."""
 
@@ -86,6 +87,8 @@ class ModelConfig(Config):
     encoder: EncoderConfig = EncoderConfig()
     decoder: DecoderConfig
     search: SearchConfig = SearchConfig()
+    engine: EngineName = "auto"
+    """What runs the encoder where the deployment does not say; `torch-fp32` for a model whose numbers must be exact."""
 
     @model_validator(mode="after")
     def _languages_differ(self) -> Self:
@@ -110,9 +113,6 @@ class DecodingConfig(Config):
     """For all images of one request together. Times the batch size it must stay below `responseTimeout`."""
     memory_mib: int = Field(default=1024, ge=256)
     """50 megapixels need up to 800 MiB, as WebP."""
-
-
-EngineName = Literal["auto", "torch-fp32", "torch-bf16", "torch-fp16", "openvino-fp32", "openvino-bf16", "openvino-int8"]
 
 
 class ServingConfig(Config):

@@ -138,6 +138,7 @@ def convert(
         languages=languages,
         preprocessing=PREPROCESSING,
         encoder=encoder.config,
+        engine="torch-fp32",  # bf16 is faster, but no longer gives Chainer's own numbers
         decoder=decoder.config,
         search=SEARCH,
     )

@@ -43,7 +43,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, converted: Callable[[str],
     settings = ROOT / "deploy/torchserve/model-config.yaml"
     for name in ("caption_ja", "caption_multi"):
         package(converted(MODELS[name]), store / f"{name}.mar", name=name, model_config=settings)
-    with TorchServe(free_settings() | {"model_store": str(store)}) as running:
+    with TorchServe(free_settings() | {"model_store": str(store), "enable_model_api": "true"}) as running:
         running.wait_until_ready()
         for name in ("caption_ja", "caption_multi"):
             register(running, name)
