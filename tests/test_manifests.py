@@ -27,7 +27,6 @@ DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
 COMPONENTS = sorted(path.name for path in (KUBERNETES / "components").iterdir())
 OLDEST_KUBERNETES = "1.27"
-MEBIBYTES = {"Mi": 1, "Gi": 1024, "M": 1e6 / 2**20}
 
 Manifest = dict[str, Any]
 
