@@ -392,7 +392,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             memory = memory_of_workers(server.pid or 0)
         lone = rows[0]
-        report["plans"] = [measure_plan(archive, *shape, seconds) for shape in ([] if quick else _plans())]
+        report["plans"] = [measure_plan(archive, *shape, seconds) for shape in (_plans() if arguments.plans else [])]
         with served(single, {"CAPTION_ENGINE": "torch-fp32", "TS_DEFAULT_WORKERS_PER_MODEL": "1"}) as server:
             put_load(url_of(server), clients=1, requests_sent=5)
             eager = put_load(url_of(server), clients=8, requests_sent=max(8, int(10 * seconds)), pid=server.pid)
@@ -531,6 +531,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "weights/en")
     parser.add_argument("--output", type=Path, default=ROOT / "runs/benchmark")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each load")
+    parser.add_argument("--plans", action="store_true", help="compare other numbers of workers and threads with the plan")
     parser.add_argument("--quick", action="store_true", help="a minute in which everything runs and no figure means much")
     parser.add_argument(
         "--against",
