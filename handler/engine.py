@@ -61,7 +61,7 @@ class TorchEngine:
         self.device = device
         self.preprocessing = preprocessing
         self._dtype = TORCH_DTYPES[name]
-        # channels_last halves the time of bf16 and fp16 convolutions, and does no harm to those of fp32.
+        # The layout that bf16 and fp16 convolutions are fast in.
         self._encoder = encoder.to(device, self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()

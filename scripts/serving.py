@@ -1,6 +1,6 @@
 """How the service uses the machine it is on: the one place where workers, threads and queues are decided.
 
-docs/performance.md has the measurements behind the numbers. Every one can be set by the environment variable that carries
+`python -m scripts.benchmark --plans` compares other numbers with these; see docs/performance.md. Every one can be set by the environment variable that carries
 it to TorchServe or to the handler. What does not depend on the machine is in deploy/torchserve/model-config.yaml.
 """
 
@@ -14,7 +14,7 @@ import psutil
 from handler.machine import available_cpus
 
 MAX_THREADS = 4
-"""Of a worker: convolutions of one photo of 160 pixels do not keep more of them busy."""
+"""Of a worker. More cores are better used by more workers, each with photos of its own."""
 WORKER_MIB = 700
 """Memory of a worker with its decoding process."""
 WORKERS_A_GPU = 2
