@@ -1,7 +1,8 @@
 """How the service uses the machine it is on: the one place where workers, threads and queues are decided.
 
-`python -m scripts.benchmark --plans` compares other numbers with these; see docs/performance.md. Every one can be set by the environment variable that carries
-it to TorchServe or to the handler. What does not depend on the machine is in deploy/torchserve/model-config.yaml.
+`python -m scripts.benchmark --plans` compares other numbers with these; see docs/performance.md. Every one can be set by
+the environment variable that carries it to TorchServe or to the handler. What does not depend on the machine is in
+deploy/torchserve/model-config.yaml.
 """
 
 from __future__ import annotations
