@@ -533,7 +533,7 @@ def measure(
 def _told(name: str, measurement: Callable[[], Any]) -> Any:
     began = time.monotonic()
     result = measurement()
-    print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    print(f"{name}: {time.monotonic() - began:.0f} s: {result}", file=sys.stderr, flush=True)
     return result
 
 
