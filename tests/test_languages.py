@@ -18,7 +18,7 @@ from scripts.server import TorchServe, free_settings
 from tests.chainer import golden
 from tests.chainer.models import write_models
 from tests.chainer.photos import photos
-from tests.conftest import ROOT
+from tests.conftest import ROOT, running_edge
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
@@ -82,6 +82,15 @@ def test_a_converted_model_answers_what_chainers_own_search_found(service: Torch
     assert_answered_as_by_chainer(post(service, "caption", photos()[photo]), "caption", photo, "<sos>", beam=BEAM)
     short = post(service, "caption", photos()[photo], beam_size=3, max_length=9)
     assert_answered_as_by_chainer(short, "caption", photo, "<sos>", beam=3, depth=10)
+
+
+def test_the_old_url_answers_a_converted_model_as_chainers_server_did(service: TorchServe) -> None:
+    """Converter, archive, TorchServe, edge: `curl -F image=@x.png localhost:8090/predict`."""
+    photo = "landscape"
+    with running_edge({"EDGE_UPSTREAM": service.address("inference").removeprefix("http://")}) as edge:
+        response = requests.post(f"{edge.url}/predict", files={"image": photos()[photo]}, timeout=120)
+    assert response.status_code == 200
+    assert_answered_as_by_chainer(response, "caption", photo, "<sos>", beam=BEAM)
 
 
 def test_models_side_by_side_answer_each_in_its_language(service: TorchServe) -> None:
