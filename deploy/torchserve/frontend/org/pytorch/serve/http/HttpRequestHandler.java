@@ -92,7 +92,13 @@ public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequ
                 req.release();
             }
             send(ctx, HttpResponseStatus.BAD_REQUEST, "InvalidRequest", "the multipart form cannot be parsed");
-        } catch (BadRequestException | ModelException | DownloadArchiveException e) {
+        } catch (BadRequestException e) {
+            if (inference) {
+                send(ctx, HttpResponseStatus.BAD_REQUEST, "InvalidRequest", "the request line or a header cannot be parsed");
+            } else {
+                NettyUtils.sendError(ctx, HttpResponseStatus.BAD_REQUEST, e);
+            }
+        } catch (ModelException | DownloadArchiveException e) {
             NettyUtils.sendError(ctx, HttpResponseStatus.BAD_REQUEST, e);
         } catch (ConflictStatusException e) {
             NettyUtils.sendError(ctx, HttpResponseStatus.CONFLICT, e);
@@ -153,7 +159,11 @@ public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequ
     }
 
     private static boolean isInference(String uri) {
-        return uri.startsWith("/predictions") || uri.startsWith("/invocations") || uri.startsWith("/v1/") || uri.startsWith("/v2/");
+        return uri.startsWith("/predictions")
+                || uri.startsWith("/invocations")
+                || uri.startsWith("/v1/")
+                || uri.startsWith("/v2/")
+                || uri.matches("/models/[^?]*/invoke\\b.*");
     }
 
     /** An error as the caption handler words it: docs/api.md. */
