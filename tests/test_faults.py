@@ -200,7 +200,8 @@ def test_a_zombie_ends_with_a_message_so_that_it_is_started_anew(
 ) -> None:
     process, service = supervised
     family = psutil.Process(process.pid).children(recursive=True)
-    os.kill(service.workers()[0], signal.SIGSTOP)
+    for worker in service.workers():
+        os.kill(worker, signal.SIGSTOP)
     assert process.stdout is not None
     printed = process.stdout.read()  # until it has ended
     assert process.wait(timeout=60) == 1
