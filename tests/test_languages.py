@@ -41,10 +41,11 @@ def service(tmp_path_factory: pytest.TempPathFactory, converted: Callable[[str],
         f"package_mar --checkpoint {folder}/words --name caption --output {store}/caption.mar",
     ):
         subprocess.run([sys.executable, "-m", *f"scripts.{command}".split()], cwd=ROOT, check=True)
-    settings = ROOT / "deploy/torchserve/model-config.yaml"
+    model_config = ROOT / "deploy/torchserve/model-config.yaml"
     for name in ("caption_ja", "caption_multi"):
-        package(converted(MODELS[name]), store / f"{name}.mar", name=name, model_config=settings)
-    with TorchServe(free_settings() | {"model_store": str(store), "enable_model_api": "true"}) as running:
+        package(converted(MODELS[name]), store / f"{name}.mar", name=name, model_config=model_config)
+    settings = {"model_store": str(store), "enable_model_api": "true", "default_workers_per_model": "1"}
+    with TorchServe(free_settings() | settings) as running:
         running.wait_until_ready()
         for name in ("caption_ja", "caption_multi"):
             register(running, name)

@@ -51,7 +51,7 @@ def store(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
 def running(store: Path) -> Iterator[TorchServe]:
     """A server with version 1.0."""
     settings = {"model_store": str(store), "load_models": "caption=caption-1.0.mar", "disable_token_authorization": "false"}
-    settings["enable_model_api"] = "true"
+    settings |= {"enable_model_api": "true", "default_workers_per_model": "1"}
     with TorchServe(free_settings() | settings) as server:
         server.wait_until_ready()
         yield server
@@ -140,7 +140,7 @@ def test_models_are_listed_described_scaled_and_what_cannot_be_is_explained(
     assert "9.0" in refused("set-default", "caption", "9.0")
     assert "not exist" in refused("describe", "nothing") or "not found" in refused("describe", "nothing")
     # A version that cannot load is not left behind half registered.
-    assert "Failed to start workers" in refused("register", "broken-3.0.mar")
+    assert "broken-3.0.mar cannot be served, and is taken out again" in refused("register", "broken-3.0.mar")
     assert len(command("list")) == 1
 
     # The default version stays as long as there is another one, and only a ready one becomes it.
