@@ -24,6 +24,8 @@ from handler.parameters import Parameters, parse_parameters
 
 ENCODER_BATCH = 16
 """Images that go through the encoder at once: more is no faster on a CPU and takes memory."""
+MOST_THREADS_ALONE = 4
+"""More do little for one image."""
 _VARIABLES = {"engine": "CAPTION_ENGINE", "threads": "CAPTION_THREADS"}
 
 
@@ -196,6 +198,7 @@ def load_captioner(
         preprocessing=manifest.config.preprocessing,
         device=torch.device(device),
         threads=threads,
+        threads_alone=min(available_cpus(), MOST_THREADS_ALONE),
     )
     return Captioner(
         load_checkpoint(checkpoint, with_encoder=False),

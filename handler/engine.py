@@ -79,11 +79,13 @@ def load_engine(
     preprocessing: PreprocessingConfig,
     device: torch.device,
     threads: int,
+    threads_alone: int = 0,
 ) -> Engine:
     """The wanted engine, or else the first that works of those that `auto` tries; the log says what was in the way.
 
     exported: the directory that `scripts.export` has written, if any.
     load_encoder: called only where torch serves, since a cold start should not read what it does not need.
+    threads_alone: for an image that comes alone, where that is more than `threads`; of OpenVINO only.
 
     Raises CheckpointError when files in `exported` are damaged.
     """
@@ -101,7 +103,13 @@ def load_engine(
             return TorchEngine(load_encoder(), preprocessing, name=name, device=device)
         from handler.openvino_engine import OpenVinoEncoder
 
-        return OpenVinoEncoder(exported / "encoder.xml", name=name, precision=openvino_precision(name), threads=threads)
+        return OpenVinoEncoder(
+            exported / "encoder.xml",
+            name=name,
+            precision=openvino_precision(name),
+            threads=threads,
+            threads_alone=threads_alone,
+        )
     raise AssertionError("torch-fp32 works everywhere")
 
 

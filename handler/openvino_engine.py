@@ -28,15 +28,22 @@ def has_bfloat16() -> bool:
 class OpenVinoEncoder:
     """`handler.engine.Engine` over an IR file that `scripts.export_openvino` has written."""
 
-    def __init__(self, path: Path, *, name: str, precision: str, threads: int) -> None:
-        """precision: `f32` or `bf16`, of whatever is not quantized in the file itself."""
+    def __init__(self, path: Path, *, name: str, precision: str, threads: int, threads_alone: int) -> None:
+        """precision: `f32` or `bf16`, of whatever is not quantized in the file itself.
+
+        threads_alone: for an image that comes alone, when the other workers have most likely nothing to do.
+        """
         self.name = name
         self.device = torch.device("cpu")
         self._request = _compiled(path, precision, threads).create_infer_request()
+        self._alone = self._request
+        if threads_alone > threads:
+            self._alone = _compiled(path, precision, threads_alone).create_infer_request()
 
     def encode(self, images: Tensor) -> Tensor:
+        request = self._alone if len(images) == 1 else self._request
         # Shared both ways; the features are copied, since the request writes the next ones to the same place.
-        outputs = self._request.infer([images.numpy()], share_inputs=True, share_outputs=True)
+        outputs = request.infer([images.numpy()], share_inputs=True, share_outputs=True)
         return torch.from_numpy(outputs[0].copy())
 
 
@@ -65,7 +72,12 @@ class OpenVinoExpander:
 
 
 def _compiled(model: Path | openvino.Model, precision: str, threads: int) -> Any:
-    config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,  # each worker would pin itself to the same first CPUs
+    }
     return _CORE.compile_model(model, "CPU", config)
 
 

@@ -14,8 +14,9 @@ import psutil
 
 from handler.machine import available_cpus
 
-MAX_THREADS = 4
-"""Of a worker. More cores are better used by more workers, each with photos of its own."""
+THREADS_FROM_CPUS = {1: 1, 8: 2, 32: 4}
+"""Threads of a worker on a machine of so many CPUs or more. One for each CPU in all: workers whose threads wait for a CPU
+wait for each other. One thread each gives the most captions, but a worker takes memory, and a lone request one worker."""
 WORKER_MIB = 700
 """Memory of a worker with its decoding process."""
 WORKERS_A_GPU = 2
@@ -45,13 +46,14 @@ def plan(*, cpus: int | None = None, memory: int | None = None, gpus: int | None
     cpus = available_cpus() if cpus is None else cpus
     memory = available_memory() if memory is None else memory
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if gpus is None else gpus
-    threads = min(cpus, MAX_THREADS)
-    # Two workers for each share of the CPUs, each of which can use all of it: while one decodes, searches or talks to the
-    # frontend, the other's encoder has the CPUs, and a request that comes alone has them anyhow.
-    workers = gpus * WORKERS_A_GPU if gpus else 2 * -(-cpus // MAX_THREADS) if cpus > 1 else 1
+    most = memory // (WORKER_MIB * 2**20)
+    if gpus:
+        workers = max(1, min(gpus * WORKERS_A_GPU, most))
+    else:
+        workers = max(1, min(cpus // max(threads for least, threads in THREADS_FROM_CPUS.items() if least <= cpus), most))
     return Plan(
-        workers=max(1, min(workers, memory // (WORKER_MIB * 2**20))),
-        threads=threads,
+        workers=workers,
+        threads=max(1, cpus // workers),
         frontend_threads=min(max(2, cpus // 2), 8),
     )
 

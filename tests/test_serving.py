@@ -8,20 +8,22 @@ from pathlib import Path
 import pytest
 
 from handler.machine import available_cpus
-from scripts.serving import MAX_THREADS, WORKER_MIB, plan
+from scripts.serving import WORKER_MIB, plan
 
 GIB = 2**30
 
 
-@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 16, 64])
-def test_every_cpu_is_used_and_none_by_a_crowd(cpus: int) -> None:
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 8, 9, 16, 31, 32, 64])
+def test_every_cpu_is_used_and_none_twice(cpus: int) -> None:
     found = plan(cpus=cpus, memory=512 * GIB, gpus=0)
-    assert cpus <= found.workers * found.threads <= 3 * cpus + MAX_THREADS
-    assert found.threads <= cpus
+    assert found.workers * found.threads <= cpus < (found.workers + 1) * found.threads
+    assert found.threads <= 4
 
 
 def test_memory_limits_the_workers_but_never_to_none() -> None:
-    assert plan(cpus=64, memory=4 * GIB, gpus=0).workers == 4 * GIB // (WORKER_MIB * 2**20)
+    small = plan(cpus=64, memory=4 * GIB, gpus=0)
+    assert small.workers == 4 * GIB // (WORKER_MIB * 2**20)
+    assert small.threads == 64 // small.workers  # the fewer workers use the CPUs all the same
     assert plan(cpus=2, memory=GIB // 4, gpus=0).workers == 1
 
 
@@ -32,7 +34,7 @@ def test_gpus_have_workers_each() -> None:
 def test_the_plan_reaches_torchserve_and_the_handler() -> None:
     environment = plan(cpus=2, memory=8 * GIB, gpus=0).environment()
     assert environment["TS_DEFAULT_WORKERS_PER_MODEL"] == "2"
-    assert environment["CAPTION_THREADS"] == "2"
+    assert environment["CAPTION_THREADS"] == "1"
 
 
 @pytest.mark.parametrize(("quota", "cpus"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", None), (None, None)])
