@@ -34,7 +34,7 @@ from handler.config import EncoderConfig, PreprocessingConfig
 from handler.encoder import FEATURE_SIZE, Encoder
 from handler.image import normalize
 from scripts.datasets import Example, add_dataset_arguments, dataset_from
-from scripts.teachers import CLASSES, FEATURES, MobileNetV2Teacher
+from scripts.teachers import FEATURES, STREAMS, MobileNetV2Teacher
 
 STOP_WORDS = frozenset(
     "a an the in on of and with is are to at his her its their it as by from for that this he she they one other while".split()
@@ -46,21 +46,35 @@ LONGEST_STEP_SECONDS = 60.0
 """A step that seems to take longer was suspended with its machine, which is not training time."""
 
 
+STAGES = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": FEATURE_SIZE}
+"""The encoder's stages and their channels; each is on the grid of one of the teachers' streams."""
+
+
 class Student(nn.Module):
     """The encoder and the linear heads that exist only while it is distilled."""
 
     def __init__(self, teachers: int, words: int) -> None:
         super().__init__()
         self.encoder = Encoder(EncoderConfig())
-        self.features = nn.Linear(FEATURE_SIZE, FEATURES * teachers)
-        self.classes = nn.Linear(FEATURE_SIZE, CLASSES * teachers)
+        sizes = zip(STAGES.values(), STREAMS.values(), strict=True)
+        self.heads = nn.Sequential(*(nn.Linear(channels, stream * teachers) for channels, stream in sizes))
         self.words = nn.Linear(FEATURE_SIZE, words)
+        nn.init.zeros_(self.words.weight)  # or it would disturb, at first, an encoder that knows something already
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images to the teachers' features (B, h, w, features), class logits and word logits."""
-        grid = self.encoder.feature_map(images).permute(0, 2, 3, 1)
-        pooled = grid.float().mean((1, 2))
-        return self.features(grid).float(), self.classes(pooled), self.words(pooled)
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Images to what each stage gives, (B, h, w, channels)."""
+        found = []
+        for name, stage in self.encoder.named_children():
+            images = stage(images)
+            if name in STAGES:
+                found.append(images.permute(0, 2, 3, 1))
+        return found
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Images to the teachers' standardised streams, (B, h, w, channels) of each stage, and word logits (B, words)."""
+        found = self.stages(images)
+        streams = [head(grid).float() for head, grid in zip(self.heads, found, strict=True)]
+        return streams, self.words(found[-1].float().mean((1, 2)))
 
 
 def concept_words(examples: list[Example], *, min_photos: int = 12) -> tuple[list[str], Tensor]:
@@ -133,15 +147,22 @@ class Distillation:
         self.held_out, self.train = len(held_out), len(examples) - len(held_out)
         self.words, self.targets = concept_words(examples)
         self.photos = cache_photos(examples, arguments.photo_size, self.run / f"photos-{arguments.photo_size}.npy")
-        self.teachers = [_on(self.device, MobileNetV2Teacher(path)) for path in arguments.teacher]
+        self.teachers = [_on(self.device, MobileNetV2Teacher(path, aligned=True)) for path in arguments.teacher]
         torch.manual_seed(arguments.seed)
         student = Student(len(self.teachers), len(self.words))
+        with torch.no_grad():
+            student.words.bias.copy_(self.targets[: self.train].mean(0).clamp(1e-4, 1 - 1e-4).logit())
         if arguments.init:
             weights = {name: value.float() for name, value in load_file(arguments.init).items()}
             student.encoder.load_state_dict(weights, strict=False)
         self.student = _on(self.device, student)
-        matrices = [p for p in student.parameters() if p.ndim > 1]
-        vectors = [p for p in student.parameters() if p.ndim <= 1]
+        names = [name for name, _ in student.encoder.named_children()]
+        self.frozen = [student.encoder.get_submodule(name) for name in names[: names.index(arguments.train_from)]]
+        for stage in self.frozen:
+            stage.requires_grad_(False)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.ndim > 1]
+        vectors = [p for p in trained if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": 0.03}, {"params": vectors, "weight_decay": 0.0}],
             lr=arguments.learning_rate,
@@ -154,13 +175,19 @@ class Distillation:
             state = torch.load(state_path, map_location=self.device, weights_only=True)
             self.student.load_state_dict(state["student"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.steps, self.seconds, self.mean, self.std = (state[k] for k in ("steps", "seconds", "mean", "std"))
+            self.steps, self.seconds = state["steps"], state["seconds"]
+            self.mean, self.std, self.pooled_std = state["mean"], state["std"], state["pooled_std"]
             torch.set_rng_state(state["rng"].cpu())
             print(f"continuing after {self.steps} steps, {self.seconds / 60:.0f} minutes")
         else:
-            seen = torch.cat([self.teach(augment(self.load(torch.randint(0, self.train, (64,))), 224))[0] for _ in range(16)])
-            self.mean = seen.mean((0, 1, 2))
-            self.std = torch.stack([seen.std((0, 1, 2)), seen.mean((1, 2)).std(0)]) + 1e-3  # of a place, of the pooled
+            pixels = arguments.teacher_pixels
+            seen = [self.teach(augment(self.load(torch.randint(0, self.train, (64,))), pixels))[0] for _ in range(8)]
+            streams = [torch.cat(parts) for parts in zip(*seen, strict=True)]
+            self.mean = [stream.mean((0, 1, 2)) for stream in streams]
+            self.std = [stream.std((0, 1, 2)) + 1e-3 for stream in streams]
+            self.pooled_std = streams[-1].mean((1, 2)).std(0) + 1e-3
+            if arguments.init:
+                self.fit_heads()
 
     def load(self, index: Tensor) -> Tensor:
         """Row numbers (B,) to photos (B, 3, S, S) in 0..1 on the device."""
@@ -168,17 +195,57 @@ class Distillation:
         return batch.to(self.device).permute(0, 3, 1, 2).float() / 255
 
     @torch.no_grad()
-    def teach(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images to all teachers' features (B, h, w, features) and class log-probabilities (B, teachers, classes)."""
+    def teach(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Images to all teachers' streams (B, h, w, channels) and class log-probabilities (B, teachers, classes)."""
         images = resized(images, self.arguments.teacher_pixels)
         with torch.autocast(self.device, dtype=torch.bfloat16):
-            features, classes = zip(*(teacher(images) for teacher in self.teachers), strict=True)
-        return torch.cat(features, 1).permute(0, 2, 3, 1), torch.stack(classes, 1)
+            streams, classes = zip(*(teacher(images) for teacher in self.teachers), strict=True)
+        return [torch.cat(parts, 1).permute(0, 2, 3, 1) for parts in zip(*streams, strict=True)], torch.stack(classes, 1)
 
-    def learn(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        images = normalize(images * 255, self.preprocessing).contiguous(memory_format=torch.channels_last)
+    def wanted(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The same with the streams standardised, and on the student's grids."""
+        streams, classes = self.teach(images)
+        if self.arguments.teacher_pixels != self.arguments.pixels:
+            sides = [self.arguments.pixels // 4 // 2**stage for stage in range(len(STAGES))]
+            streams = [resized(s.permute(0, 3, 1, 2), side).permute(0, 2, 3, 1) for s, side in zip(streams, sides, strict=True)]
+        return [(s - mean) / std for s, mean, std in zip(streams, self.mean, self.std, strict=True)], classes
+
+    @torch.no_grad()
+    def fit_heads(self, batches: int = 24, ridge: float = 0.01) -> None:
+        """Solve the heads of the streams by least squares, for an encoder that knows something already."""
+        self.student.eval()
+        grams = [torch.zeros(n + 1, n + 1, device=self.device) for n in STAGES.values()]
+        crosses = [
+            torch.zeros(n + 1, len(mean), device=self.device) for n, mean in zip(STAGES.values(), self.mean, strict=True)
+        ]
+        for _ in range(batches):
+            images = augment(self.load(torch.randint(0, self.train, (self.arguments.batch,))), self.arguments.pixels)
+            with torch.autocast(self.device, dtype=torch.bfloat16):
+                found = self.student.stages(self.prepared(images))
+            for gram, cross, grid, wanted in zip(grams, crosses, found, self.wanted(images)[0], strict=True):
+                grid, wanted = grid.flatten(0, 2), wanted.flatten(0, 2)
+                some = torch.randperm(len(grid))[:4096]
+                inputs = F.pad(grid[some].float(), (0, 1), value=1.0)
+                gram += inputs.T @ inputs
+                cross += inputs.T @ wanted[some]
+        for head, gram, cross in zip(self.student.heads, grams, crosses, strict=True):
+            gram.diagonal()[:-1].add_(ridge * gram.diagonal()[:-1].mean())
+            solved = torch.linalg.solve(gram, cross)
+            head.weight.copy_(solved[:-1].T)  # type: ignore[operator]
+            head.bias.copy_(solved[-1])  # type: ignore[operator]
+        self.to_training()
+
+    def to_training(self) -> None:
+        self.student.train()
+        for stage in self.frozen:
+            stage.eval()
+
+    def prepared(self, images: Tensor) -> Tensor:
+        return normalize(images * 255, self.preprocessing).contiguous(memory_format=torch.channels_last)
+
+    def learn(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         with torch.autocast(self.device, dtype=torch.bfloat16):
-            return self.student(images)
+            return self.student(self.prepared(images))
 
     @torch.no_grad()
     def look(self, limit: int = 256) -> dict[str, float]:
@@ -187,14 +254,14 @@ class Distillation:
         cosine, hits = [], []
         for start in range(self.train, min(self.train + limit, self.train + self.held_out), 64):
             index = torch.arange(start, min(start + 64, self.train + self.held_out))
-            images = resized(self.load(index), 160)
-            features, _, words = self.learn(images)
-            wanted = (self.teach(images)[0].mean((1, 2)) - self.mean) / self.std[1]
-            found = features.mean((1, 2)) * (self.std[0] / self.std[1])
+            images = resized(self.load(index), self.arguments.pixels)
+            streams, words = self.learn(images)
+            wanted = (self.teach(images)[0][-1].mean((1, 2)) - self.mean[-1]) / self.pooled_std
+            found = streams[-1].mean((1, 2)) * (self.std[-1] / self.pooled_std)
             cosine.append(F.cosine_similarity(found, wanted).mean().item())
             named = self.targets[index].to(self.device).gather(1, words.topk(5).indices) > 0
             hits.append(named.float().mean().item())
-        self.student.train()
+        self.to_training()
         return {"cosine": round(float(np.mean(cosine)), 4), "words@5": round(float(np.mean(hits)), 4)}
 
     def loss(self) -> dict[str, Tensor]:
@@ -206,20 +273,25 @@ class Distillation:
             other = torch.randperm(len(images), device=self.device)
             images = images * share.view(-1, 1, 1, 1) + images[other] * (1 - share.view(-1, 1, 1, 1))
             words = words * share[:, None] + words[other] * (1 - share[:, None])
-        wanted, wanted_classes = self.teach(images)
-        features, logits, word_logits = self.learn(images)
-        wanted = (resized(wanted.permute(0, 3, 1, 2), features.shape[1]).permute(0, 2, 3, 1) - self.mean) / self.std[0]
-        log_classes = F.log_softmax(logits.view(wanted_classes.shape), dim=-1)
-        to_pooled = self.std[0] / self.std[1]
+        wanted, wanted_classes = self.wanted(images)
+        found, word_logits = self.learn(images)
+        to_pooled = self.std[-1] / self.pooled_std
+        pooled = found[-1].mean((1, 2))
+        log_classes = torch.stack(
+            [
+                teacher.classify(part)
+                for teacher, part in zip(self.teachers, (pooled * self.std[-1] + self.mean[-1]).split(FEATURES, 1), strict=True)
+            ],
+            1,
+        )
         losses = {
-            "features": feature_loss(features.mean((1, 2)) * to_pooled, wanted.mean((1, 2)) * to_pooled),
-            "grid": feature_loss(features, wanted),
+            "features": feature_loss(pooled * to_pooled, wanted[-1].mean((1, 2)) * to_pooled),
+            **{stage: F.mse_loss(f, w) for stage, f, w in zip(STAGES, found, wanted, strict=True)},
             "classes": F.kl_div(log_classes, wanted_classes, log_target=True, reduction="batchmean"),
             "words": F.binary_cross_entropy_with_logits(word_logits, words),
         }
-        losses["total"] = (
-            losses["features"] + self.arguments.grid * losses["grid"] + 0.5 * losses["classes"] + 30 * losses["words"]
-        )
+        weights = {"features": 1.0, "classes": self.arguments.classes, "words": self.arguments.words}
+        losses["total"] = torch.stack([weights.get(name, 1.0) * loss for name, loss in losses.items()]).sum()
         return losses
 
     def save(self) -> None:
@@ -230,6 +302,7 @@ class Distillation:
             "seconds": self.seconds,
             "mean": self.mean,
             "std": self.std,
+            "pooled_std": self.pooled_std,
             "rng": torch.get_rng_state(),
         }
         write_atomically(self.run / "state.pt", lambda path: torch.save(state, path))
@@ -241,7 +314,7 @@ class Distillation:
         stopped = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
-        self.student.train()
+        self.to_training()
         saved = time.monotonic()
         with (
             open(self.run / "log.jsonl", "a") as log,
@@ -296,7 +369,9 @@ def main() -> None:
     parser.add_argument("--photo-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--grid", type=float, default=1.0, help="weight of the features at each place of the grid")
+    parser.add_argument("--train-from", choices=("conv1", *STAGES), default="conv1", help="stages before this stay as they are")
+    parser.add_argument("--classes", type=float, default=0.1, help="weight of the teachers' class probabilities")
+    parser.add_argument("--words", type=float, default=10.0, help="weight of the captions' words")
     parser.add_argument("--mixup", type=float, default=0.0, help="probability that a batch is mixed")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

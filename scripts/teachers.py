@@ -13,6 +13,8 @@ from handler.torchvision_models import models
 
 CLASSES = 1001
 FEATURES = 1280
+STREAMS = {3: 24, 6: 32, 13: 96, 18: FEATURES}
+"""The last of torchvision's `features` of each grid from H / 4 on, and its channels."""
 
 
 class _TensorFlowSame(nn.Module):
@@ -30,21 +32,34 @@ class _TensorFlowSame(nn.Module):
 class MobileNetV2Teacher(nn.Module):
     """MobileNetV2 (Sandler et al. 2018) with ImageNet weights from TensorFlow, in torchvision's names."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, aligned: bool = False) -> None:
+        """aligned: pad on all sides, as a ResNet does, so that both look at the same place of the photo."""
         super().__init__()
         self.net = models.mobilenet_v2(num_classes=CLASSES)
         weights = {name: value.float() for name, value in load_file(path).items()}
         missing, unexpected = self.net.load_state_dict(weights, strict=False)
         if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
             raise ValueError(f"{path} does not hold a MobileNetV2: missing {missing[:3]}, unexpected {unexpected[:3]}")
-        for parent in list(self.net.modules()):
+        for parent in [] if aligned else list(self.net.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Conv2d) and child.stride == (2, 2):
                     setattr(parent, name, _TensorFlowSame(child))
         self.eval().requires_grad_(False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) in 0..1 to features (B, 1280, H / 32, W / 32) and class log-probabilities (B, 1001)."""
-        grid = self.net.features((images * 2 - 1).contiguous(memory_format=torch.channels_last)).float()
-        with torch.autocast(images.device.type, enabled=False):
-            return grid, F.log_softmax(self.net.classifier(grid.mean((2, 3))), dim=1)
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Images (B, 3, H, W) in 0..1 to the streams before each halving of the grid, and class log-probabilities (B, 1001).
+
+        Streams are (B, 24, H / 4, W / 4), (B, 32, H / 8, W / 8), (B, 96, H / 16, W / 16) and the features
+        (B, 1280, H / 32, W / 32).
+        """
+        grid, streams = (images * 2 - 1).contiguous(memory_format=torch.channels_last), []
+        for number, block in enumerate(self.net.features):
+            grid = block(grid)
+            if number in STREAMS:
+                streams.append(grid.float())
+        return streams, self.classify(streams[-1].mean((2, 3)))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Pooled features (B, 1280), a student's for instance, to class log-probabilities (B, 1001)."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.log_softmax(self.net.classifier(features), dim=1)

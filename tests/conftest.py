@@ -16,15 +16,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from PIL import Image
+from safetensors.torch import save_file
 
 from handler.captioner import Captioner
 from handler.checkpoint import Checkpoint
 from handler.config import DecoderConfig, ModelConfig, PreprocessingConfig
 from handler.decoder import Decoder
 from handler.encoder import Encoder
+from handler.torchvision_models import models
 from handler.vocabulary import Vocabulary
 from scripts.edge import Edge, EdgeError
 from scripts.server import TorchServe, free_settings
+from scripts.teachers import CLASSES
 
 # A busy machine is slow, which is no failure of what is tested.
 settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -153,3 +156,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("server") or item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.flaky(reruns=1))
     items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, item.get_closest_marker("server") is not None))
+
+
+@pytest.fixture(scope="session")
+def mobilenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a MobileNetV2 that has learned nothing."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("teacher") / "mobilenet.safetensors"
+    weights = models.mobilenet_v2(num_classes=CLASSES).state_dict()
+    save_file({name: value.half() for name, value in weights.items() if value.is_floating_point()}, path)
+    return path

@@ -14,25 +14,15 @@ from safetensors.torch import load_file, save_file
 from handler.checkpoint import load_weights
 from handler.config import EncoderConfig
 from handler.encoder import Encoder
-from handler.torchvision_models import models
 from scripts.datasets import Example
 from scripts.distill import augment, concept_words
-from scripts.teachers import CLASSES, FEATURES, MobileNetV2Teacher
+from scripts.teachers import FEATURES, MobileNetV2Teacher
 from scripts.toy_dataset import make
 from tests.conftest import ROOT
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("teacher") / "mobilenet.safetensors"
-    weights = models.mobilenet_v2(num_classes=CLASSES).state_dict()
-    save_file({name: value.half() for name, value in weights.items() if value.is_floating_point()}, path)
-    return path
-
-
-def test_a_teacher_gives_a_grid_and_class_probabilities(teacher: Path) -> None:
-    grid, classes = MobileNetV2Teacher(teacher)(torch.rand(2, 3, 96, 64))
+def test_a_teacher_gives_a_grid_and_class_probabilities(mobilenet: Path) -> None:
+    grid, classes = MobileNetV2Teacher(mobilenet)(torch.rand(2, 3, 96, 64))
     assert grid.shape == (2, FEATURES, 3, 2)
     assert classes.exp().sum(1) == pytest.approx(torch.ones(2))
 
@@ -61,13 +51,13 @@ def test_a_word_of_two_captions_counts_more_than_a_word_of_one() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_ends_resumes_and_leaves_an_encoder(tmp_path: Path, teacher: Path) -> None:
+def test_a_run_ends_resumes_and_leaves_an_encoder(tmp_path: Path, mobilenet: Path) -> None:
     table = make(tmp_path / "toy", photos=40)
 
     def distil(minutes: float) -> str:
         command = [
             *(sys.executable, "-m", "scripts.distill", str(tmp_path / "run"), "--images", str(tmp_path / "toy/photos")),
-            *("--captions", str(table), "--teacher", str(teacher), "--minutes", str(minutes), "--pixels", "32"),
+            *("--captions", str(table), "--teacher", str(mobilenet), "--minutes", str(minutes), "--pixels", "32"),
             *("--teacher-pixels", "32", "--photo-size", "48", "--batch", "4"),
         ]
         return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
