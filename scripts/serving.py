@@ -60,7 +60,10 @@ def plan(*, cpus: int | None = None, memory: int | None = None, gpus: int | None
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes that this machine has, or that its container may use, whichever is less."""
-    try:
-        return min(psutil.virtual_memory().total, int((cgroup / "memory.max").read_text()))
-    except (OSError, ValueError):
-        return psutil.virtual_memory().total
+    total = psutil.virtual_memory().total
+    for limit in (cgroup / "memory.max", cgroup / "memory/memory.limit_in_bytes"):  # cgroup v2, and v1
+        try:
+            return min(total, int(limit.read_text()))
+        except (OSError, ValueError):  # no such file, or v2's "max": no limit
+            continue
+    return total

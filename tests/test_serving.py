@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import pytest
 
 from handler.machine import available_cpus
-from scripts.serving import WORKER_MIB, plan
+from scripts.serving import WORKER_MIB, available_memory, plan
 
 GIB = 2**30
 
@@ -37,9 +38,48 @@ def test_the_plan_reaches_torchserve_and_the_handler() -> None:
     assert environment["CAPTION_THREADS"] == "1"
 
 
-@pytest.mark.parametrize(("quota", "cpus"), [("150000 100000", 2), ("50000 100000", 1), ("max 100000", None), (None, None)])
-def test_a_containers_quota_counts(tmp_path: Path, quota: str | None, cpus: int | None) -> None:
-    if quota is not None:
-        (tmp_path / "cpu.max").write_text(quota + "\n")
-    affinity = len(os.sched_getaffinity(0))
-    assert available_cpus(tmp_path) == (affinity if cpus is None else min(cpus, affinity))
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "25000", "cpu/cpu.cfs_period_us": "50000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "9900000", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ({"cpu/cpu.cfs_quota_us": "150000"}, 64),
+        ({"cpu.max": "max 100000", "cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({}, 64),
+    ],
+    ids=["v2", "v2 half", "v2 none", "v1", "v1 half", "v1 more than there are", "v1 none", "v1 partly", "hybrid", "no cgroup"],
+)
+def test_a_containers_quota_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cpus: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert available_cpus(cgroup(tmp_path, files)) == cpus
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5})
+    assert available_cpus(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "limited"),
+    [
+        ({"memory.max": str(GIB // 8)}, True),
+        ({"memory.max": "max"}, False),
+        ({"memory/memory.limit_in_bytes": str(GIB // 8)}, True),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712"}, False),
+        ({}, False),
+    ],
+    ids=["v2", "v2 none", "v1", "v1 none", "no cgroup"],
+)
+def test_a_containers_memory_counts(tmp_path: Path, files: dict[str, str], limited: bool) -> None:
+    total = psutil.virtual_memory().total
+    assert available_memory(cgroup(tmp_path, files)) == (GIB // 8 if limited else total)
+
+
+def cgroup(folder: Path, files: dict[str, str]) -> Path:
+    """A folder like /sys/fs/cgroup with these files."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content + "\n")
+    return folder
