@@ -167,6 +167,63 @@ def test_out_of_memory_fails_the_request_and_not_the_service(service: Service) -
     until(lambda: service.predict(CAT).status == 200)
 
 
+def probe(server: TorchServe, *options: str) -> tuple[int, str]:
+    """What the container's and the pod's probes run: the status, and what is said."""
+    command = [sys.executable, "-m", "scripts.probe", *options]
+    for name in ("management", "inference"):
+        command += [f"--{name}", server.address(name)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stderr.strip()
+
+
+def test_a_model_that_still_loads_is_not_ready(fragile: TorchServe) -> None:
+    """TorchServe's own /ping says Healthy meanwhile, hence our probes."""
+    with TorchServe(free_settings() | {"model_store": fragile.settings["model_store"]}, config=fragile.config) as starting:
+        until(lambda: "has workers in the states" in str(not_ready(starting.address("management"), "caption")))
+        assert requests.get(f"{starting.address('inference')}/ping", timeout=10).json() == {"status": "Healthy"}
+        for question in ([], ["--readiness"], ["--readiness", "--canary"]):
+            status, said = probe(starting, *question)
+            assert status == 1
+            assert said.startswith("not ready: model caption has workers in the states")
+        assert probe(starting, "--wait", "120") == (0, "")
+        for question in (["--readiness", "--canary"], ["--liveness"]):
+            assert probe(starting, *question) == (0, "")
+
+
+def test_of_two_workers_one_is_killed(service: Service, fragile: TorchServe) -> None:
+    """Not all is well, but the other one answers: neither to be taken from the load balancer, nor to be started anew."""
+    management = fragile.address("management")
+
+    def scale(workers: int) -> None:
+        numbers = {"min_worker": workers, "max_worker": workers}
+        requests.put(f"{management}/models/caption", params=numbers | {"synchronous": "true"}, timeout=120).raise_for_status()
+
+    scale(2)
+    try:
+        until(lambda: not_ready(management, "caption") is None)
+        os.kill(service.workers()[0], signal.SIGKILL)
+        until(lambda: not_ready(management, "caption") is not None)
+        assert not_ready(management, "caption", any_worker=True) is None
+        assert not_alive(management, fragile.address("inference"), "caption") is None
+        assert "READY" in str(not_ready(management, "caption")), "the worker was back before the probes were asked"
+        until(lambda: not_ready(management, "caption") is None)
+    finally:
+        scale(1)
+
+
+def test_all_workers_hang(service: Service, fragile: TorchServe) -> None:
+    for worker in service.workers():
+        os.kill(worker, signal.SIGSTOP)
+    try:
+        silent = "the inference API has not answered for 2 seconds"
+        assert probe(fragile, "--liveness", "--timeout", "2") == (1, f"not alive: {silent}")
+        assert probe(fragile, "--readiness", "--canary", "--timeout", "2") == (1, f"not ready: {silent}")
+    finally:
+        for worker in service.workers():
+            os.kill(worker, signal.SIGCONT)
+    assert probe(fragile, "--liveness", "--wait", "60") == (0, "")
+
+
 @pytest.fixture
 def supervised(tmp_path: Path, fragile: TorchServe) -> Iterator[tuple[subprocess.Popen[str], Service]]:
     """`scripts.server` as whoever deploys it runs it, patient for seconds instead of minutes."""
