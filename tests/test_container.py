@@ -1,4 +1,4 @@
-"""The image from the Dockerfile, really built and run: read-only, not as root, without a network.
+"""The images from the Dockerfiles, really built and run: read-only, not as root, without a network.
 
 `scripts/build-image` builds it without a Docker daemon; the tests talk to the service from inside the container. The first
 build takes some minutes, later ones come from the cache in build/containers.
@@ -31,6 +31,10 @@ pytestmark = pytest.mark.slow
 STORAGE = ROOT / "build/containers"
 MEMORY = "3g"
 """As the manifests of deploy/ have it."""
+RESTRICTED = (
+    *("--pull=never", "--cap-drop", "all", "--read-only", "--security-opt", "no-new-privileges", "--health-interval=disable"),
+    *("--ulimit", "nofile=20000:20000", "--ulimit", "nproc=32768:32768"),
+)
 CAT = (ROOT / "samples/cat.jpg").read_bytes()
 CLIENT = """
 import sys, requests
@@ -88,9 +92,8 @@ def run(image: str, *options: object) -> Iterator[Container]:
     name = f"caption-{uuid.uuid4().hex[:8]}"
     began = time.monotonic()
     podman(
-        *("run", "--detach", "--name", name, "--pull=never", "--network", "none", "--memory", MEMORY, "--cap-drop", "all"),
-        *("--read-only", "--tmpfs", "/tmp:rw,mode=1777", "--security-opt", "no-new-privileges", "--health-interval=disable"),
-        *("--ulimit", "nofile=20000:20000", "--ulimit", "nproc=32768:32768"),
+        *("run", "--detach", "--name", name, "--network", "none", "--memory", MEMORY, "--tmpfs", "/tmp:rw,mode=1777"),
+        *RESTRICTED,
         *options,
         image,
     )
@@ -110,14 +113,23 @@ def logs(name: str) -> str:
     return str((done.stdout + done.stderr).decode())
 
 
-@pytest.fixture(scope="module")
-def image() -> str:
-    command = [ROOT / "scripts/build-image", "--tag", "caption-test"]
+def built(tag: str, *options: str) -> str:
+    command = [ROOT / "scripts/build-image", "--tag", tag, *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
     if done.returncode == 3 and os.environ.get("CI") != "true":
         pytest.skip(f"no image can be built here: {done.stderr.splitlines()[-1]}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return "localhost/caption-test"
+    return f"localhost/{tag}"
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    return built("caption-test")
+
+
+@pytest.fixture(scope="module")
+def edge_image() -> str:
+    return built("caption-edge-test", "--file", "deploy/nginx/Dockerfile")
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +241,57 @@ def test_it_is_unhealthy_while_it_has_no_worker(container: Container) -> None:
     wait_until(False)
     wait_until(True)
     assert container.request("/predictions/caption")[0] == 200
+
+
+EDGE_CLIENT = """
+import json, sys, requests
+from scripts.authorization import bearer
+edge, photo = "http://127.0.0.1:8090", sys.stdin.buffer.read()
+answers = [requests.get(edge + path, timeout=10) for path in ("/", "/app.js", "/docs", "/samples/cat.jpg", "/models")]
+for headers in ({}, bearer("inference")):
+    answers.append(requests.post(edge + "/predict", files={"image": photo}, headers=headers, timeout=60))
+print(json.dumps([[a.status_code, a.headers["content-type"], a.text[:5000]] for a in answers]))
+"""
+"""Sends its standard input, and prints status, type and body of each answer."""
+
+
+def test_the_edge_in_front_of_it(container: Container, edge_image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both images side by side as in a pod, the edge with what the manifests give it: the page, and captions through it."""
+    name = f"{container.name}-edge"
+    podman(
+        *("run", "--detach", "--name", name, "--network", f"container:{container.name}", "--memory", "256m"),
+        *("--tmpfs", "/tmp:rw,mode=1777,size=64m"),
+        *RESTRICTED,
+        edge_image,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while podman("healthcheck", "run", name, check=False).returncode != 0:
+            assert time.monotonic() < deadline, logs(name)
+            time.sleep(0.5)
+        page, script, docs, sample, models, refused, captioned = json.loads(container.python(EDGE_CLIENT, data=CAT))
+        assert (page[0], page[1]) == (200, "text/html; charset=utf-8")
+        assert "<title>" in page[2]
+        assert [answer[0] for answer in (script, docs, sample)] == [200, 200, 200]
+        assert (models[0], json.loads(models[2])["error"]["code"]) == (404, "NotFound")
+        assert refused[0] in {400, 401}
+        assert "captions" not in refused[2]
+        assert captioned[0] == 200
+        assert len(json.loads(captioned[2])["captions"]) == 5
+        status = podman("exec", name, "cat", "/proc/1/status").stdout.decode()
+        assert re.search(r"^Uid:\t10001\t10001\t10001\t10001$", status, re.MULTILINE)
+        assert re.search(r"^CapBnd:\t0+$", status, re.MULTILINE)
+        assert podman("exec", name, "touch", "/srv/edge/web/x", check=False).returncode != 0
+        size = int(podman("image", "inspect", "--format", "{{.Size}}", edge_image).stdout)
+        used = podman("stats", "--no-stream", "--format", "{{.MemUsage}}", name).stdout.decode().strip()
+        with capsys.disabled():
+            print(f"\nedge: {size / 1e6:.0f} MB, {used} of memory")
+        podman("kill", "--signal", "TERM", name)
+        podman("wait", name)
+        (found,) = json.loads(podman("inspect", name).stdout)
+        assert found["State"]["ExitCode"] == 0, logs(name)
+    finally:
+        podman("rm", "--force", "--time", "0", name)
 
 
 def test_the_other_model_is_served_and_sagemaker_understands_it(image: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
