@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,14 +33,19 @@ import ray.data
 import torch
 from tqdm import tqdm
 
-from handler.captioner import Captioner, PreparedImage
-from handler.checkpoint import load_checkpoint, read_manifest
+from handler.captioner import PreparedImage, load_captioner
+from handler.checkpoint import read_manifest
+from handler.config import DecodingConfig, ServingConfig
 from handler.errors import CaptionError, InvalidImage
+from handler.machine import available_cpus
 from handler.parameters import Parameters, describe, parse_parameters
 from scripts.caption import BATCH, ROOT, SUFFIXES
+from scripts.export import exported
 
 SHARD = 128
 """Photos that are done again when a worker dies; also the rows of a file."""
+DECODING_SECONDS = 60.0
+"""For one photo. Nobody waits for the answer: one that is slow to decode on a busy machine need not be given up so soon."""
 JOB = "_job.json"
 """Readers of Parquet folders pass over names with an underscore."""
 IMAGE_COLUMNS = ("image", "bytes", "image_bytes")
@@ -113,10 +119,18 @@ class Store:
 class ShardCaptioner:
     """Captions a shard and writes its results; Ray makes one in each worker and calls it for each shard."""
 
-    def __init__(self, checkpoint: str, parameters: dict[str, Any], output: str, form: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        loaded = load_checkpoint(Path(checkpoint))
-        self.captioner = Captioner(loaded, device="cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(
+        self, checkpoint: str, parameters: dict[str, Any], output: str, form: str, threads: int, export: str | None = None
+    ) -> None:
+        """export: where this machine has the exported encoder; None: this worker makes one for itself."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        engine = {"CAPTION_ENGINE": os.environ.get("CAPTION_ENGINE", "")}  # CAPTION_THREADS is for the service
+        serving = ServingConfig(threads=threads, decoding=DecodingConfig(seconds=DECODING_SECONDS))
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(export or folder)
+            if not export and device == "cpu":
+                directory = exported(Path(checkpoint), directory)
+            self.captioner = load_captioner(Path(checkpoint), directory, serving, device=device, environment=engine)
         self.parameters = Parameters(**parameters)
         self.store = Store(output)
         self.form = form
@@ -308,7 +322,7 @@ def main() -> None:
     parser.add_argument("output", help="folder of the results, or its URI")
     parser.add_argument("--format", choices=("parquet", "jsonl"), default="parquet")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "weights/en", help="default: the embedded English model")
-    parser.add_argument("--workers", type=int, help="default: as many as there are cores, or GPUs")
+    parser.add_argument("--workers", type=int, help="default: as many as the cores are enough for, or as there are GPUs")
     parser.add_argument("--threads", type=int, default=1, help="cores for each worker; default: 1, which loses least")
     parser.add_argument("--shard", type=int, default=SHARD, help="photos in a file of results; default: %(default)s")
     parser.add_argument("--address", help="of a Ray cluster, or `auto`; default: this machine")
@@ -330,7 +344,12 @@ def main() -> None:
         parser.error(str(error))
     done = finished(store)
     remaining = [photo for photo in photos if photo.name not in done]
-    worker = {"checkpoint": str(checkpoint), "parameters": parameters, "output": store.uri, "form": arguments.format}
+    worker: dict[str, Any] = {
+        "checkpoint": str(checkpoint),
+        "parameters": parameters,
+        "output": store.uri,
+        "form": arguments.format,
+    }
     failed = 0
     if remaining:
         for name in ("ray", "ray.data", "ray._private"):
@@ -338,13 +357,20 @@ def main() -> None:
         if arguments.address:
             ray.init(address=arguments.address, logging_level=logging.ERROR)
         else:
-            cores = (arguments.workers or os.cpu_count() or 1) * arguments.threads
+            cores = arguments.workers * arguments.threads if arguments.workers else max(available_cpus(), arguments.threads)
             ray.init(num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR)
         resources = ray.cluster_resources()
         workers = arguments.workers or int(resources.get("GPU") or resources["CPU"] // arguments.threads) or 1
         shards = list(shards_of(remaining, arguments.format, arguments.shard))
         start, interval = len(photos) - len(remaining), 0.5 if sys.stderr.isatty() else 10
-        with tqdm(total=len(photos), initial=start, unit="photo", mininterval=interval) as bar:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            tqdm(total=len(photos), initial=start, unit="photo", mininterval=interval) as bar,
+        ):
+            if not arguments.address and not resources.get(
+                "GPU"
+            ):  # once for all workers, and for those that replace a killed one
+                worker["export"] = str(exported(checkpoint, Path(folder)))
             failed = caption_shards(shards, bar, worker=worker, workers=workers, threads=arguments.threads)
     print(
         f"{len(photos)} photos are in {arguments.output}, {len(remaining)} of them new; "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from handler.checkpoint import load_encoder, read_manifest, sha256
 from handler.config import PreprocessingConfig
 from handler.encoder import Encoder
-from handler.engine import EXPORT_MANIFEST, ExportManifest, Numbers
+from handler.engine import EXPORT_MANIFEST, ExportManifest, Numbers, read_export
 from handler.image import normalize
 
 NOTHING = "none"
@@ -46,6 +46,19 @@ def int8_directory(checkpoint: Path) -> Path:
     """Where the int8 export of a checkpoint's encoder is: beside it, since several decoders may share both."""
     encoder = checkpoint / read_manifest(checkpoint).files["encoder"].path
     return encoder.with_name(f"{encoder.stem}.int8")
+
+
+def exported(checkpoint: Path, directory: Path) -> Path:
+    """Where an export of the checkpoint's encoder is: the int8 one beside it, or else the float one, written to `directory`.
+
+    Nothing is there when nothing can be exported. Raises CheckpointError.
+    """
+    manifest, int8 = read_manifest(checkpoint), int8_directory(checkpoint)
+    if read_export(int8, manifest.files["encoder"].sha256, manifest.config.preprocessing) is not None:
+        return int8
+    if exporter() != NOTHING:
+        export(checkpoint, directory)
+    return directory
 
 
 def export(checkpoint: Path, directory: Path) -> None:
