@@ -17,8 +17,8 @@ from handler.machine import available_cpus
 THREADS_FROM_CPUS = {1: 1, 8: 2, 32: 4}
 """Threads of a worker on a machine of so many CPUs or more. One for each CPU in all: workers whose threads wait for a CPU
 wait for each other. One thread each gives the most captions, but a worker takes memory, and a lone request one worker."""
-WORKER_MIB = 700
-"""Memory of a worker with its decoding process."""
+WORKER_MIB = 1250
+"""Memory of a worker: 450 of its own, and 800 of its decoding process while a photo of 50 megapixels is decoded."""
 WORKERS_A_GPU = 2
 """So that one decodes and searches while the other's encoder runs."""
 
