@@ -26,7 +26,7 @@ class Config(BaseModel):
 class PreprocessingConfig(Config):
     """From an upright RGB photo to the encoder's input: `(pixel * scale - mean) / std` for each channel."""
 
-    size: int = Field(default=160, ge=32, le=1024)
+    size: int = Field(default=224, ge=32, le=1024)
     """Side of the square input in pixels."""
     fit: Literal["stretch", "crop"] = "stretch"
     """`stretch`: the whole photo, aspect ratio given up. `crop`: shorter side to `size`, then the centre square."""

@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--tokenization", choices=get_args(Tokenization), default="word", help="character: Chinese, Japanese")
     parser.add_argument("--min-count", type=int, default=5, help="rarer tokens become the unknown one")
     parser.add_argument("--max-length", type=int, default=SearchConfig().max_length, help="tokens of a caption at most")
-    parser.add_argument("--size", type=int, help="side of the encoder's input; default: 160, of torchvision's 224")
+    parser.add_argument("--size", type=int, default=PreprocessingConfig().size, help="side of the encoder's input in pixels")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes that decode photos")
     decoder = {"embedding_size": 512, "hidden_size": 512, "dropout": 0.5}
     for name, default in decoder.items():
@@ -132,15 +132,15 @@ def train(arguments: argparse.Namespace) -> None:
     vocabulary, statistics = count_vocabulary(of_split(examples, "train"), language, arguments.min_count)
     _write_json(run / "vocabulary.json", statistics)
     if arguments.encoder in TORCHVISION_WEIGHTS:
-        encoder_path, size = torchvision_encoder(arguments.encoder, run / "encoder.safetensors"), 224
+        encoder_path = torchvision_encoder(arguments.encoder, run / "encoder.safetensors")
     else:
-        encoder_path, size = Path(arguments.encoder), PreprocessingConfig().size
+        encoder_path = Path(arguments.encoder)
     encoder, digest = load_encoder(encoder_path)
     model = ModelConfig(
         name=arguments.name,
         version=arguments.version,
         languages=(language,),
-        preprocessing=PreprocessingConfig(size=arguments.size or size),
+        preprocessing=PreprocessingConfig(size=arguments.size),
         encoder=EncoderConfig(),
         decoder=DecoderConfig(
             vocabulary_size=len(vocabulary),

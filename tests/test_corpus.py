@@ -44,7 +44,7 @@ def status(reader: ImageReader, data: bytes) -> int:
     except RequestError as error:
         assert error.message
         return error.status
-    assert image.pixels.shape == (160, 160, 3)
+    assert image.pixels.shape == (224, 224, 3)
     return 200
 
 
