@@ -68,7 +68,7 @@ class Management:
     def scale(self, name: str, workers: int, version: str | None = None) -> dict[str, Any]:
         """Give a version so many workers, and wait until they are READY. Gives the version's description.
 
-        A worker that goes takes its batch with it: those requests are answered with status 500. Stop sending first.
+        A worker that goes passes what it has in hand on to the others. The last one cannot: that is answered with status 503.
         """
         path = f"/models/{name}" + (f"/{version}" if version else "")
         self._call("PUT", path, min_worker=workers, max_worker=workers)

@@ -208,15 +208,16 @@ def test_workers_scale_through_the_management_api_while_requests_run(url: str, s
     def workers(number: int) -> dict[str, str]:
         return {"min_worker": str(number), "max_worker": str(number), "synchronous": "true"}
 
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
         answers = [pool.submit(post, url, files={"image": CAT}) for _ in range(24)]
         up = requests.put(management, params=workers(len(before) + 1), timeout=120)
         assert up.status_code == 200
         assert len(worker_processes(server)) == len(before) + 1
-        answers += [pool.submit(post, url, files={"image": CAT}) for _ in range(8)]
-        assert all(answer.result().status_code == 200 for answer in answers)
-    down = requests.put(management, params=workers(len(before)), timeout=120)
-    assert down.status_code == 200
+        answers += [pool.submit(post, url, files={"image": CAT}) for _ in range(36)]
+        concurrent.futures.wait(answers[:36])  # the new worker has a batch in hand
+        down = requests.put(management, params=workers(len(before)), timeout=120)
+        assert down.status_code == 200, down.text
+        assert [answer.result().status_code for answer in answers] == [200] * len(answers)
     assert worker_processes(server) == before
 
 

@@ -13,13 +13,12 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
 
 from handler.checkpoint import Checkpoint, save_checkpoint
 from scripts import scorecard
+from scripts.models import Management
 from scripts.package_mar import package
 from scripts.scorecard import MIB, Service
 from scripts.server import TorchServe, free_settings
@@ -35,8 +34,8 @@ GROWTH_MIB = 120
 
 
 @pytest.fixture
-def service(tmp_path: Path, checkpoint: Checkpoint) -> Iterator[tuple[Service, str]]:
-    """A service whose model store holds versions 1.0 and 2.0, and its management API's URL."""
+def service(tmp_path: Path, checkpoint: Checkpoint) -> Iterator[tuple[Service, Management]]:
+    """A service whose model store holds versions 1.0 and 2.0, and a client of its management API."""
     parts = {"vocabulary": checkpoint.vocabulary, "encoder": checkpoint.encoder, "decoder": checkpoint.decoder}
     for version in ("1.0", "2.0"):
         config = checkpoint.config.model_copy(update={"version": version})
@@ -47,23 +46,19 @@ def service(tmp_path: Path, checkpoint: Checkpoint) -> Iterator[tuple[Service, s
     with TorchServe(free_settings() | settings) as running:
         running.wait_until_ready()
         management = running.address("management")
-        yield Service(running.address("inference"), management), management
+        yield Service(running.address("inference"), management), Management(management)
 
 
-def call(method: str, address: str, /, **parameters: Any) -> None:
-    response = requests.request(method, address, params=parameters, timeout=180)
-    assert response.status_code in (200, 202), response.text
-
-
-def roll(management: str, old: str, new: str, archive: str) -> None:
+def roll(management: Management, old: str, new: str, archive: str) -> None:
     """Register the new version beside the old one, send requests to it, then take the old one away."""
-    call("POST", f"{management}/models", url=archive, model_name="caption", initial_workers=1, synchronous="true")
-    call("PUT", f"{management}/models/caption/{new}/set-default")
-    time.sleep(1)  # requests that have reached the old version's queue
-    call("DELETE", f"{management}/models/caption/{old}")
+    management.register(archive, "caption")
+    management.set_default("caption", new)
+    management.unregister("caption", old, settle=1)  # requests that have reached the old version's queue
 
 
-def test_mixed_traffic_through_updates_and_scaling_loses_nothing_and_leaves_nothing(service: tuple[Service, str]) -> None:
+def test_mixed_traffic_through_updates_and_scaling_loses_nothing_and_leaves_nothing(
+    service: tuple[Service, Management],
+) -> None:
     running, management = service
     good = [corpus.RequestCase(p.stem, p.read_bytes(), corpus.GOOD) for p in SAMPLES]
     bad = [corpus.RequestCase(c.name, c.data, c.statuses) for c in corpus.images()[::25]]
@@ -96,8 +91,7 @@ def test_mixed_traffic_through_updates_and_scaling_loses_nothing_and_leaves_noth
                 roll(management, *next(versions))
                 rolled += 1
                 for workers in (2, 1):
-                    scale = {"min_worker": workers, "max_worker": workers, "synchronous": "true"}
-                    call("PUT", f"{management}/models/caption", **scale)
+                    management.scale("caption", workers)
                     time.sleep(2)
         finally:
             over.set()
