@@ -20,10 +20,6 @@ from handler.errors import CaptionError
 
 logger = logging.getLogger(__name__)
 
-CLIENT_ID = "X-Request-Id"
-"""The header with which a client names its request."""
-CLIENT_ID_ANSWERED = "X-Client-Request-Id"
-"""The header that gives this name back. TorchServe puts its own id of the request into every X-Request-Id."""
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -58,9 +54,9 @@ class AccessLog:
 def client_id(headers: dict[str, str]) -> str | None:
     """The client's own id of its request, if it is one that can stand in a header and in a log as it is.
 
-    headers: names in lower case.
+    The frontend (HttpRequestHandler.java) gives it back in the answer. headers: names in lower case.
     """
-    given = headers.get(CLIENT_ID.lower(), "")
+    given = headers.get("x-request-id", "")
     return given if _CLIENT_ID.fullmatch(given) else None
 
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from ts.metrics.dimension import Dimension
 
-from handler.access_log import CLIENT_ID_ANSWERED, AccessLog, client_id, entry
+from handler.access_log import AccessLog, client_id, entry
 from handler.captioner import CaptionedImage, PreparedImage, load_captioner
 from handler.config import ServingConfig
 from handler.contract import (
@@ -76,11 +76,8 @@ class CaptionHandler:
             if status != HTTPStatus.OK:
                 context.set_response_status(status, HTTPStatus(status).phrase, index)
             context.set_response_content_type(index, CONTENT_TYPE)
-            name = client_id(headers[index])
-            if name is not None:
-                context.set_response_header(index, CLIENT_ID_ANSWERED, name)
             if self.access_log is not None:
-                identity = {"id": context.get_request_id(index), "client_id": name, "version": self.model.version}
+                identity = {"id": client_id(headers[index]) or context.get_request_id(index), "version": self.model.version}
                 ms = round((time.perf_counter() - began) * 1e3, 2)
                 self.access_log.add(entry(request, found, status=status, ms=ms, batch=len(rows), **identity))
             answers.append(body)

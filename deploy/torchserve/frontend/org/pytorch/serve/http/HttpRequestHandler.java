@@ -1,13 +1,15 @@
 package org.pytorch.serve.http;
 
 import io.netty.buffer.Unpooled;
+import io.netty.channel.ChannelDuplexHandler;
 import io.netty.channel.ChannelHandlerContext;
-import io.netty.channel.SimpleChannelInboundHandler;
+import io.netty.channel.ChannelPromise;
 import io.netty.handler.codec.http.DefaultFullHttpResponse;
 import io.netty.handler.codec.http.FullHttpRequest;
 import io.netty.handler.codec.http.FullHttpResponse;
 import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpHeaderValues;
+import io.netty.handler.codec.http.HttpResponse;
 import io.netty.handler.codec.http.HttpResponseStatus;
 import io.netty.handler.codec.http.HttpVersion;
 import io.netty.handler.codec.http.QueryStringDecoder;
@@ -16,6 +18,7 @@ import io.netty.handler.timeout.IdleStateEvent;
 import io.netty.handler.timeout.IdleStateHandler;
 import java.io.IOException;
 import java.nio.charset.StandardCharsets;
+import java.util.regex.Pattern;
 import org.pytorch.serve.archive.DownloadArchiveException;
 import org.pytorch.serve.archive.model.ModelException;
 import org.pytorch.serve.archive.model.ModelNotFoundException;
@@ -37,18 +40,24 @@ import org.slf4j.LoggerFactory;
  *   <li>No request waits longer than {@code -Dcaption.answer.seconds}, even when every worker is dead or hangs.
  *   <li>A connection on which nothing comes, and nothing is waited for, is closed after {@code -Dcaption.idle.seconds}.
  *   <li>A client that leaves is not an error in the log.
+ *   <li>A client's own X-Request-Id, if harmless, is that of the answer. TorchServe puts one of its own there.
  * </ul>
  *
  * One instance belongs to one connection.
  */
-public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequest> {
+public class HttpRequestHandler extends ChannelDuplexHandler {
 
     private static final Logger logger = LoggerFactory.getLogger(HttpRequestHandler.class);
     private static final int ANSWER_SECONDS = Integer.getInteger("caption.answer.seconds", 120);
     private static final int IDLE_SECONDS = Integer.getInteger("caption.idle.seconds", 75);
     private static final int LOOK_SECONDS = Math.max(1, Math.min(5, Math.min(ANSWER_SECONDS, IDLE_SECONDS) / 2));
 
+    private static final String REQUEST_ID = "X-Request-Id";
+    /** As in handler/access_log.py: what can stand in a header and in a log as it is. */
+    private static final Pattern CLIENT_ID = Pattern.compile("[A-Za-z0-9._:/+=@-]{1,128}");
+
     private final HttpRequestHandlerChain chain;
+    private String clientId;
     private boolean inference;
     private long received;
     private long quietSince;
@@ -63,8 +72,32 @@ public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequ
     }
 
     @Override
-    protected void channelRead0(ChannelHandlerContext ctx, FullHttpRequest req) {
+    public void channelRead(ChannelHandlerContext ctx, Object message) {
+        FullHttpRequest req = (FullHttpRequest) message;
+        try {
+            answer(ctx, req);
+        } finally {
+            req.release();
+        }
+    }
+
+    /** TorchServe has its own ids for what it does, so that two clients may well choose the same. */
+    @Override
+    public void write(ChannelHandlerContext ctx, Object message, ChannelPromise promise) {
+        if (clientId != null && message instanceof HttpResponse) {
+            ((HttpResponse) message).headers().set(REQUEST_ID, clientId);
+        }
+        ctx.write(message, promise);
+    }
+
+    private void answer(ChannelHandlerContext ctx, FullHttpRequest req) {
         NettyUtils.requestReceived(ctx.channel(), req);
+        String given = req.headers().get(REQUEST_ID, "");
+        clientId = CLIENT_ID.matcher(given).matches() ? given : null;
+        req.headers().remove(REQUEST_ID); // all of them
+        if (clientId != null) {
+            req.headers().set(REQUEST_ID, clientId);
+        }
         received = System.nanoTime();
         inference = isInference(req.uri());
         try {
