@@ -31,8 +31,7 @@ class ManagementError(Exception):
 class Management:
     """The management API at `address`, such as `http://127.0.0.1:8081`. Every method raises ManagementError.
 
-    timeout: seconds that workers may take to start. TorchServe starts them again when they fail, so that a model that
-    cannot load is known by the time it takes.
+    timeout: seconds that workers may take to start.
     """
 
     def __init__(self, address: str, *, key_file: Path | None = None, timeout: float = 180.0) -> None:
@@ -71,7 +70,15 @@ class Management:
         A worker that goes passes what it has in hand on to the others. The last one cannot: that is answered with status 503.
         """
         path = f"/models/{name}" + (f"/{version}" if version else "")
-        self._call("PUT", path, min_worker=workers, max_worker=workers)
+        try:  # to wait for it tells when a worker ends instead; TorchServe would go on to start it again and again
+            self._call("PUT", path, min_worker=workers, max_worker=workers, synchronous="true")
+        except ManagementError as error:
+            if "Failed to start workers" not in str(error):
+                raise
+            raise ManagementError(
+                "a worker ended while it loaded the model. The server's log has the reason, in the lines before "
+                '"Load model failed"; most likely the archive is damaged or made for another version: pack it anew'
+            ) from None
         return self._wait_for_workers(name, version, workers)
 
     def register(self, archive: str, name: str, *, workers: int = 1) -> dict[str, Any]:
@@ -149,6 +156,8 @@ class Management:
             raise ManagementError(
                 f"nothing answers at {self.address}: is the server running, and is this its management address?"
             ) from None
+        except requests.Timeout as error:
+            raise ManagementError(f"{self.address} takes too long ({error}): see `list`, and the server's log") from None
         except requests.RequestException as error:
             raise ManagementError(f"{self.address}: {error}") from None
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -62,7 +63,7 @@ def command(running: TorchServe, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     """The command as it is typed; gives the fields of the lines that it prints."""
 
     def run(*arguments: object) -> list[list[str]]:
-        options = ["--management", running.address("management"), "--key-file", running.key_file, "--timeout", 60]
+        options = ["--management", running.address("management"), "--key-file", running.key_file]
         monkeypatch.setattr(sys, "argv", ["models", *map(str, options), *map(str, arguments)])
         capsys.readouterr()
         models.main()
@@ -140,7 +141,11 @@ def test_models_are_listed_described_scaled_and_what_cannot_be_is_explained(
     assert "9.0" in refused("set-default", "caption", "9.0")
     assert "not exist" in refused("describe", "nothing") or "not found" in refused("describe", "nothing")
     # A version that cannot load is not left behind half registered.
-    assert "broken-3.0.mar cannot be served, and is taken out again" in refused("register", "broken-3.0.mar")
+    began = time.monotonic()
+    said = refused("register", "broken-3.0.mar")
+    assert "broken-3.0.mar cannot be served, and is taken out again: a worker ended while it loaded the model" in said
+    assert "log has the reason" in said
+    assert time.monotonic() - began < 150  # not what workers may take to start
     assert len(command("list")) == 1
 
     # The default version stays as long as there is another one, and only a ready one becomes it.
