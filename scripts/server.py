@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import psutil
 
@@ -294,6 +294,12 @@ def _started_edge(inference: str, model: str) -> Edge:
     return edge
 
 
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Print, unless the disk under the log is full, which is no reason to end."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
+
+
 class _Stopped(Exception):
     """SIGTERM or SIGINT has come."""
 
@@ -330,12 +336,11 @@ def main() -> None:
         inference = server.address("inference")
         if arguments.web:
             edge = _started_edge(inference, arguments.model)
-        print(
+        _say(
             f"ready after {time.monotonic() - began:.1f} s: {inference}\n"
             f"try   curl -F image=@samples/cat.jpg {inference}/predictions/{arguments.model}\n"
             + (f"web   {edge.url}\n" if edge else "")
-            + "stop  Ctrl-C",
-            flush=True,
+            + "stop  Ctrl-C"
         )
         watchdog = Watchdog(server, arguments.stall) if arguments.stall > 0 else None
         while True:
@@ -346,12 +351,12 @@ def main() -> None:
                 watchdog.look()
             time.sleep(1)
     except _Stopped:
-        print("stopping when the requests in flight are answered", flush=True)
+        _say("stopping when the requests in flight are answered")
         if edge:
             edge.stop()
         server.drain(float(os.environ.get("CAPTION_DRAIN_SECONDS", DRAIN_SECONDS)))
     except ServerError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        _say(f"error: {error}", sys.stderr)
         server.stop(seconds=5)  # what hangs does not end politely
         sys.exit(1)
     finally:

@@ -16,8 +16,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 import psutil
 import pytest
@@ -226,39 +227,62 @@ def test_all_workers_hang(service: Service, fragile: TorchServe) -> None:
 
 @pytest.fixture
 def supervised(tmp_path: Path, fragile: TorchServe) -> Iterator[tuple[subprocess.Popen[str], Service]]:
+
+
+def frontend_of(process: int) -> psutil.Process:
+    """The JVM among the processes that this one has started."""
+    (java,) = (child for child in psutil.Process(process).children(recursive=True) if child.name() == "java")
+    return java
+
+
+def test_without_file_descriptors_new_clients_wait_until_idle_ones_are_gone(service: Service, fragile: TorchServe) -> None:
+    host, port = fragile.address("inference").removeprefix("http://").split(":")
+    assert fragile.pid is not None
+    java = frontend_of(fragile.pid)
+    soft, hard = resource.prlimit(java.pid, resource.RLIMIT_NOFILE)
+    limit = java.num_fds() + 10
+    resource.prlimit(java.pid, resource.RLIMIT_NOFILE, (limit, hard))
+    idle = [socket.create_connection((host, int(port))) for _ in range(30)]  # the system takes them, for the JVM to fetch
+    try:
+        until(lambda: java.num_fds() >= limit)
+        assert service.predict(CAT).status == 200
+    finally:
+        resource.prlimit(java.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        for connection in idle:
+            connection.close()
+
+
+@contextmanager
+def supervised(folder: Path, output: IO[str] | int) -> Iterator[tuple[subprocess.Popen[str], Service]]:
     """`scripts.server` as whoever deploys it runs it, patient for seconds instead of minutes."""
-    store = tmp_path / "store"
+    store = folder / "store"
     store.mkdir()
     package(
         ROOT / "weights/en", store / "caption.mar", name="caption", model_config=ROOT / "deploy/torchserve/model-config.yaml"
     )
     settings = free_settings() | {"model_store": str(store)}
-    environment = os.environ | {f"TS_{key.upper()}": value for key, value in settings.items()} | {"TMPDIR": str(tmp_path)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.server", "--stall", "10"],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("stop"):
-            break
-    yield process, Service(settings["inference_address"], settings["management_address"])
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    environment = os.environ | {f"TS_{key.upper()}": value for key, value in settings.items()} | {"TMPDIR": str(folder)}
+    command = [sys.executable, "-m", "scripts.server", "--stall", "10"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process, Service(settings["inference_address"], settings["management_address"])
+        finally:
+            process.kill()
 
 
-def test_a_zombie_ends_with_a_message_so_that_it_is_started_anew(
-    supervised: tuple[subprocess.Popen[str], Service],
-) -> None:
-    process, service = supervised
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Service]]:
+    with supervised(tmp_path, subprocess.PIPE) as (process, service):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("stop"):
+                break
+        yield process, service
+
+
+def ends_with_a_message(process: subprocess.Popen[str]) -> None:
+    """And with status 1, so that it is started anew, and nothing of it is left."""
     family = psutil.Process(process.pid).children(recursive=True)
-    for worker in service.workers():
-        os.kill(worker, signal.SIGSTOP)
     assert process.stdout is not None
     printed = process.stdout.read()  # until it has ended
     assert process.wait(timeout=60) == 1
@@ -266,3 +290,33 @@ def test_a_zombie_ends_with_a_message_so_that_it_is_started_anew(
     assert "starts it anew" in printed
     _, alive = psutil.wait_procs(family, timeout=10)
     assert alive == []
+
+
+def test_a_zombie_ends_so_that_it_is_started_anew(watched: tuple[subprocess.Popen[str], Service]) -> None:
+    process, service = watched
+    for worker in service.workers():
+        os.kill(worker, signal.SIGSTOP)
+    ends_with_a_message(process)
+
+
+def test_a_frontend_that_hangs_is_seen_by_the_probe_and_ends(watched: tuple[subprocess.Popen[str], Service]) -> None:
+    process, service = watched
+    frontend_of(process.pid).suspend()
+    asked = time.monotonic()
+    assert service.management is not None
+    reason = not_alive(service.management, service.inference, "caption", timeout=2)
+    assert reason == "the inference API has not answered for 2 seconds"
+    assert not_ready(service.management, "caption", timeout=2) == "the management API does not answer (ReadTimeout)"
+    assert time.monotonic() - asked < 20
+    ends_with_a_message(process)
+
+
+def test_a_full_disk_under_the_log_stops_nothing(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full, supervised(tmp_path, full) as (process, service):
+        assert service.management is not None
+        management = service.management
+        until(lambda: process.poll() is not None or not_ready(management, "caption") is None, seconds=180)
+        time.sleep(2)  # it has said by now that it is ready
+        answers = [service.predict(photo).status for photo in (CAT, b"no image", CAT)]
+        assert answers == [200, 400, 200]
+        assert process.poll() is None
