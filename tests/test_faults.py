@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -309,6 +310,33 @@ def test_a_frontend_that_hangs_is_seen_by_the_probe_and_ends(watched: tuple[subp
     assert not_ready(service.management, "caption", timeout=2) == "the management API does not answer (ReadTimeout)"
     assert time.monotonic() - asked < 20
     ends_with_a_message(process)
+
+
+def test_a_clock_that_jumps_disturbs_nothing(
+    fragile: TorchServe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Three days forward and back, for the frontend and the workers. `scripts.server` asks the monotonic clock alone."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+    if library is None:
+        pytest.skip("apt-get install libfaketime")
+    clock = tmp_path / "clock"
+    clock.write_text("+0s")
+    for name, value in (("TIMESTAMP_FILE", str(clock)), ("NO_CACHE", "1"), ("DONT_FAKE_MONOTONIC", "1")):
+        monkeypatch.setenv(f"FAKETIME_{name}", value)
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    with TorchServe(free_settings() | {"model_store": fragile.settings["model_store"]}) as running:
+        monkeypatch.undo()
+        running.wait_until_ready()
+        service = Service(running.address("inference"), running.address("management"))
+        workers = service.workers()
+        assert workers
+        for offset in ("+3d", "-3d", "+0s"):
+            clock.write_text(offset)
+            assert service.predict(CAT).status == 200
+            time.sleep(2)
+        assert service.workers() == workers
+    days = re.findall(r'^\{"time":"(.{10})', capfd.readouterr().out, re.MULTILINE)
+    assert len(set(days)) == 3, days  # it did jump
 
 
 def test_a_full_disk_under_the_log_stops_nothing(tmp_path: Path) -> None:
