@@ -24,12 +24,14 @@ FROM runtime AS packages
 # Where torch comes from; empty is PyPI, whose torch brings CUDA. requirements/serve.txt has the version.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 WORKDIR /build
-COPY requirements/constraints.txt requirements/serve.txt requirements/
+COPY requirements/constraints.txt requirements/serve.lock requirements/serve.txt requirements/
+# Everything is compared with its hash but torch and torchvision, of which each index has files of its own.
 # torchvision comes from PyPI in either case, as scripts/setup does it: it is needed for its model definition alone.
 # hadolint ignore=DL3003,SC2046
 RUN set -eu; \
     python -m venv --without-pip /opt/venv; \
     pip="python -m pip --python /opt/venv/bin/python install --no-cache-dir --disable-pip-version-check"; \
+    $pip --no-deps --require-hashes --requirement requirements/serve.lock; \
     if [ -n "$TORCH_INDEX_URL" ]; then \
       $pip --index-url "$TORCH_INDEX_URL" $(grep -E '^torch(vision)?==' requirements/serve.txt); \
     fi; \

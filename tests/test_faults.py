@@ -226,10 +226,6 @@ def test_all_workers_hang(service: Service, fragile: TorchServe) -> None:
     assert probe(fragile, "--liveness", "--wait", "60") == (0, "")
 
 
-@pytest.fixture
-def supervised(tmp_path: Path, fragile: TorchServe) -> Iterator[tuple[subprocess.Popen[str], Service]]:
-
-
 def frontend_of(process: int) -> psutil.Process:
     """The JVM among the processes that this one has started."""
     (java,) = (child for child in psutil.Process(process).children(recursive=True) if child.name() == "java")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -87,3 +88,15 @@ def test_an_unknown_option_of_serve_is_refused_before_anything_is_installed(mach
     done = subprocess.run(command, env={"PATH": str(machine / "bin")}, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "unknown option --prot" in done.stderr
+
+
+def test_the_packages_by_hash_are_those_that_are_pinned() -> None:
+    def versions(name: str) -> dict[str, str]:
+        lines = re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements" / name).read_text(), re.MULTILINE)
+        return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in lines}
+
+    locked, wanted = versions("serve.lock"), versions("serve.txt")
+    assert wanted.keys() - locked.keys() == {"torch", "torchvision"}
+    assert locked.items() <= (versions("constraints.txt") | versions("train.txt") | wanted).items()
+    packages = (ROOT / "requirements/serve.lock").read_text().split("==")[1:]
+    assert all("--hash=sha256:" in package for package in packages)
