@@ -56,6 +56,8 @@ def send(handler: CaptionHandler, context: Context) -> Callable[..., list[tuple[
         context.request_ids = {index: f"id-{index}" for index in range(len(batch))}
         context.metrics.request_ids = context.request_ids
         bodies = handler.handle([fields for fields, _ in batch], context)
+        if handler.access_log is not None:
+            handler.access_log.flush()  # or its lines are those of the next test
         assert len(bodies) == len(batch)
         return [
             (
