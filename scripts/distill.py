@@ -147,7 +147,7 @@ class Distillation:
         self.held_out, self.train = len(held_out), len(examples) - len(held_out)
         self.words, self.targets = concept_words(examples)
         self.photos = cache_photos(examples, arguments.photo_size, self.run / f"photos-{arguments.photo_size}.npy")
-        self.teachers = [_on(self.device, MobileNetV2Teacher(path, aligned=True)) for path in arguments.teacher]
+        self.teachers = [_on(self.device, MobileNetV2Teacher(path)) for path in arguments.teacher]
         torch.manual_seed(arguments.seed)
         student = Student(len(self.teachers), len(self.words))
         with torch.no_grad():

@@ -17,33 +17,20 @@ STREAMS = {3: 24, 6: 32, 13: 96, 18: FEATURES}
 """The last of torchvision's `features` of each grid from H / 4 on, and its channels."""
 
 
-class _TensorFlowSame(nn.Module):
-    """A stride-2 convolution padded as TensorFlow's "SAME" does: one pixel right and bottom."""
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        super().__init__()
-        self.convolution = convolution
-        convolution.padding = (0, 0)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.convolution(F.pad(images, (0, 1, 0, 1)))
-
-
 class MobileNetV2Teacher(nn.Module):
-    """MobileNetV2 (Sandler et al. 2018) with ImageNet weights from TensorFlow, in torchvision's names."""
+    """MobileNetV2 (Sandler et al. 2018) with ImageNet weights, in torchvision's names.
 
-    def __init__(self, path: Path, *, aligned: bool = False) -> None:
-        """aligned: pad on all sides, as a ResNet does, so that both look at the same place of the photo."""
+    Weights from TensorFlow serve as well, although its strided convolutions pad at the right and bottom alone: what each
+    place of the grid looks at moves, what it sees there does not. Padded on all sides it looks where a ResNet does.
+    """
+
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.net = models.mobilenet_v2(num_classes=CLASSES)
         weights = {name: value.float() for name, value in load_file(path).items()}
         missing, unexpected = self.net.load_state_dict(weights, strict=False)
         if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
             raise ValueError(f"{path} does not hold a MobileNetV2: missing {missing[:3]}, unexpected {unexpected[:3]}")
-        for parent in [] if aligned else list(self.net.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Conv2d) and child.stride == (2, 2):
-                    setattr(parent, name, _TensorFlowSame(child))
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -107,7 +107,7 @@ class Transplantation:
         examples = [e for e in dataset_from(arguments) if e.split not in ("dev", "test")]
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         self.photos = cache_photos(examples, 224, arguments.output.with_suffix(".photos.npy"))
-        self.teacher = MobileNetV2Teacher(arguments.teacher, aligned=True).net.features
+        self.teacher = MobileNetV2Teacher(arguments.teacher).net.features
         torch.manual_seed(arguments.seed)
         self.student = Encoder(EncoderConfig())
 

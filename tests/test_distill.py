@@ -21,10 +21,12 @@ from scripts.toy_dataset import make
 from tests.conftest import ROOT
 
 
-def test_a_teacher_gives_a_grid_and_class_probabilities(mobilenet: Path) -> None:
-    grid, classes = MobileNetV2Teacher(mobilenet)(torch.rand(2, 3, 96, 64))
-    assert grid.shape == (2, FEATURES, 3, 2)
+def test_a_teacher_gives_streams_on_four_grids_and_class_probabilities(mobilenet: Path) -> None:
+    teacher = MobileNetV2Teacher(mobilenet)
+    streams, classes = teacher(torch.rand(2, 3, 96, 64))
+    assert [stream.shape for stream in streams] == [(2, 24, 24, 16), (2, 32, 12, 8), (2, 96, 6, 4), (2, FEATURES, 3, 2)]
     assert classes.exp().sum(1) == pytest.approx(torch.ones(2))
+    assert teacher.classify(streams[-1].mean((2, 3))) == pytest.approx(classes)
 
 
 def test_a_foreign_file_is_no_teacher(tmp_path: Path) -> None:

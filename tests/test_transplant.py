@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 def test_a_block_with_room_for_all_hidden_channels_computes_what_the_teachers_does(mobilenet: Path, stride: int) -> None:
     """Were a kernel copied the wrong way round, or a bias left out, this would not come out exactly."""
     torch.manual_seed(0)
-    teacher = MobileNetV2Teacher(mobilenet, aligned=True).net.features[7 if stride == 2 else 6]  # 192 hidden channels, 32 in
+    teacher = MobileNetV2Teacher(mobilenet).net.features[7 if stride == 2 else 6]  # 192 hidden channels, 32 in
     stream = torch.randn(16, 32, 16, 16)
     target = teacher(stream)
     width, channels = 256, 1024
