@@ -393,7 +393,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             memory = memory_of_workers(server.pid or 0)
         lone = rows[0]
         report["plans"] = [measure_plan(archive, *shape, seconds) for shape in (_plans() if arguments.plans else [])]
-        with served(single, {"CAPTION_ENGINE": "torch-fp32", "TS_DEFAULT_WORKERS_PER_MODEL": "1"}) as server:
+        slow = {"CAPTION_ENGINE": "torch-fp32", "TS_DEFAULT_WORKERS_PER_MODEL": "1", "CAPTION_THREADS": str(available_cpus())}
+        with served(single, slow) as server:
             put_load(url_of(server), clients=1, requests_sent=5)
             eager = put_load(url_of(server), clients=8, requests_sent=max(8, int(10 * seconds)), pid=server.pid)
         with flask_style(arguments.checkpoint) as url:
