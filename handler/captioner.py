@@ -24,9 +24,7 @@ from handler.parameters import Parameters, parse_parameters
 
 ENCODER_BATCH = 16
 """Images that go through the encoder at once: more is no faster on a CPU and takes memory."""
-MOST_THREADS_ALONE = 4
-"""More do little for one image."""
-_VARIABLES = {"engine": "CAPTION_ENGINE", "threads": "CAPTION_THREADS"}
+_VARIABLES = {"engine": "CAPTION_ENGINE", "threads": "CAPTION_THREADS", "threads_alone": "CAPTION_THREADS_ALONE"}
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,12 @@ class Captioner:
         self.expander = _expander(checkpoint, self.forbidden, engine, threads)
 
     def warm_up(self) -> None:
-        """Caption a grey image, so that the first client does not wait for what is set up on first use."""
+        """Caption a grey image, alone and in a batch, so that no client waits for what is set up on first use."""
         self.reader.start()
         size = self.config.preprocessing.size
         grey = PreparedImage(torch.full((3, size, size), 128, dtype=torch.uint8), size, size, "PNG", 0.0)
-        self.caption([grey], [parse_parameters({}, self.config)])
+        for count in (1, 2):
+            self.caption([grey] * count, [parse_parameters({}, self.config)] * count)
 
     def prepare(self, data: bytes, seconds: float | None = None) -> PreparedImage:
         """Decode an image file, in `seconds` at most, and bring it to the model's size. Raises a RequestError."""
@@ -198,7 +197,7 @@ def load_captioner(
         preprocessing=manifest.config.preprocessing,
         device=torch.device(device),
         threads=threads,
-        threads_alone=min(available_cpus(), MOST_THREADS_ALONE),
+        threads_alone=serving.threads_alone,
     )
     return Captioner(
         load_checkpoint(checkpoint, with_encoder=False),

@@ -128,3 +128,6 @@ class ServingConfig(Config):
     """What runs the encoder; see handler/engine.py. The environment variable CAPTION_ENGINE overrides it."""
     threads: int = Field(default=0, ge=0)
     """Of each worker; 0 is one for each CPU that it may use. The environment variable CAPTION_THREADS overrides it."""
+    threads_alone: int = Field(default=0, ge=0)
+    """Of each worker for an image that comes alone, where that is more than `threads`; OpenVINO only, and at the price of
+    a second copy of the encoder. The environment variable CAPTION_THREADS_ALONE overrides it."""

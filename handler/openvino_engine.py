@@ -26,7 +26,7 @@ def has_bfloat16() -> bool:
 
 
 class OpenVinoEncoder:
-    """`handler.engine.Engine` over an IR file that `scripts.export_openvino` has written."""
+    """`handler.engine.Engine` over an IR file that `scripts.export` has written."""
 
     def __init__(self, path: Path, *, name: str, precision: str, threads: int, threads_alone: int) -> None:
         """precision: `f32` or `bf16`, of whatever is not quantized in the file itself.

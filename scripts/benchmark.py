@@ -313,7 +313,9 @@ def measure_cold_start(root: Path, archive: Path, times: int) -> dict[str, float
     if root == ROOT:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             shutil.unpack_archive(archive, folder, "zip")
-            done = subprocess.run([sys.executable, "-c", _WORKER_START], cwd=folder, check=True, capture_output=True, text=True)
+            environment = plan().environment() | os.environ
+            command = [sys.executable, "-c", _WORKER_START]
+            done = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
         found |= json.loads(done.stdout.splitlines()[-1])
         found["jvm_and_rest"] = found["first_caption"] - sum(v for k, v in found.items() if k != "first_caption")
     return found

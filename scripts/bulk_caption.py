@@ -367,9 +367,8 @@ def main() -> None:
             tempfile.TemporaryDirectory() as folder,
             tqdm(total=len(photos), initial=start, unit="photo", mininterval=interval) as bar,
         ):
-            if not arguments.address and not resources.get(
-                "GPU"
-            ):  # once for all workers, and for those that replace a killed one
+            if not (arguments.address or resources.get("GPU")):
+                # Once for all workers, and for those that replace a killed one.
                 worker["export"] = str(exported(checkpoint, Path(folder)))
             failed = caption_shards(shards, bar, worker=worker, workers=workers, threads=arguments.threads)
     print(

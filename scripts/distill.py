@@ -2,8 +2,8 @@
 
 Teacher and student see the same random crop, flip and colour change of a photo, and with some probability the same
 mixture of two (Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and consistent"). The student
-learns the teachers' features (standardised), pooled and at each place of the grid, their class probabilities, and the
-words of the photo's captions.
+learns the teachers' streams at the end of each stage (Romero et al. 2015, "FitNets: Hints for Thin Deep Nets"), their
+features, pooled and at each place of the grid, their class probabilities, and the words of the photo's captions.
 
 The run directory holds all that a continuation needs: run the same command again and it goes on where it stopped.
 """
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from handler.checkpoint import write_atomically, write_safetensors
 from handler.config import EncoderConfig, PreprocessingConfig
 from handler.encoder import FEATURE_SIZE, Encoder
+from handler.errors import CaptionError
 from handler.image import normalize
 from scripts.datasets import Example, add_dataset_arguments, dataset_from
 from scripts.teachers import FEATURES, STREAMS, MobileNetV2Teacher
@@ -40,12 +42,12 @@ STOP_WORDS = frozenset(
     "a an the in on of and with is are to at his her its their it as by from for that this he she they one other while".split()
 )
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+LEARNING_RATE = 1e-3
+LEARNING_RATE_WITH_INIT = 3e-5
 WARM_UP_STEPS = 200
 SAVE_EVERY_SECONDS = 300
 LONGEST_STEP_SECONDS = 60.0
 """A step that seems to take longer was suspended with its machine, which is not training time."""
-
-
 STAGES = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": FEATURE_SIZE}
 """The encoder's stages and their channels; each is on the grid of one of the teachers' streams."""
 
@@ -104,6 +106,16 @@ def cache_photos(examples: list[Example], size: int, path: Path) -> np.ndarray:
     if photos.shape != shape:
         raise ValueError(f"{path} holds {photos.shape}, these photos need {shape}: use a new run directory")
     return photos
+
+
+def read_photos(photos: np.ndarray, rows: Tensor) -> Tensor:
+    """Rows (B,), in ascending order, of cached photos to images (B, 3, S, S) in 0..1."""
+    return torch.from_numpy(photos[rows.sort().values.numpy()]).permute(0, 3, 1, 2).float() / 255
+
+
+def prepare(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in 0..1 to what the student takes."""
+    return normalize(images * 255, PreprocessingConfig()).contiguous(memory_format=torch.channels_last)
 
 
 def augment(photos: Tensor, pixels: int) -> Tensor:
@@ -168,7 +180,6 @@ class Distillation:
             lr=arguments.learning_rate,
             betas=(0.9, 0.99),
         )
-        self.preprocessing = PreprocessingConfig(size=arguments.pixels)
         self.steps, self.seconds = 0, 0.0
         state_path = self.run / "state.pt"
         if state_path.exists():
@@ -191,8 +202,7 @@ class Distillation:
 
     def load(self, index: Tensor) -> Tensor:
         """Row numbers (B,) to photos (B, 3, S, S) in 0..1 on the device."""
-        batch = torch.from_numpy(self.photos[np.sort(index.numpy())])
-        return batch.to(self.device).permute(0, 3, 1, 2).float() / 255
+        return read_photos(self.photos, index).to(self.device)
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -221,7 +231,7 @@ class Distillation:
         for _ in range(batches):
             images = augment(self.load(torch.randint(0, self.train, (self.arguments.batch,))), self.arguments.pixels)
             with torch.autocast(self.device, dtype=torch.bfloat16):
-                found = self.student.stages(self.prepared(images))
+                found = self.student.stages(prepare(images))
             for gram, cross, grid, wanted in zip(grams, crosses, found, self.wanted(images)[0], strict=True):
                 grid, wanted = grid.flatten(0, 2), wanted.flatten(0, 2)
                 some = torch.randperm(len(grid))[:4096]
@@ -240,12 +250,9 @@ class Distillation:
         for stage in self.frozen:
             stage.eval()
 
-    def prepared(self, images: Tensor) -> Tensor:
-        return normalize(images * 255, self.preprocessing).contiguous(memory_format=torch.channels_last)
-
     def learn(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         with torch.autocast(self.device, dtype=torch.bfloat16):
-            return self.student(self.prepared(images))
+            return self.student(prepare(images))
 
     @torch.no_grad()
     def look(self, limit: int = 256) -> dict[str, float]:
@@ -365,18 +372,27 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="encoder weights to begin with")
     parser.add_argument("--minutes", type=float, default=90, help="training time in all; the learning rate ends with it")
     parser.add_argument("--pixels", type=int, default=128, help="side of the student's crops")
-    parser.add_argument("--teacher-pixels", type=int, default=224, help="what the teachers see the same crop as")
+    parser.add_argument("--teacher-pixels", type=int, help="what the teachers see the same crop as; default: as the student")
     parser.add_argument("--photo-size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        help=f"default: {LEARNING_RATE}; with --init {LEARNING_RATE_WITH_INIT}, which more would destroy first",
+    )
     parser.add_argument("--train-from", choices=("conv1", *STAGES), default="conv1", help="stages before this stay as they are")
     parser.add_argument("--classes", type=float, default=0.1, help="weight of the teachers' class probabilities")
     parser.add_argument("--words", type=float, default=10.0, help="weight of the captions' words")
     parser.add_argument("--mixup", type=float, default=0.0, help="probability that a batch is mixed")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    arguments.teacher_pixels = arguments.teacher_pixels or arguments.pixels
+    arguments.learning_rate = arguments.learning_rate or (LEARNING_RATE_WITH_INIT if arguments.init else LEARNING_RATE)
     arguments.run.mkdir(parents=True, exist_ok=True)
-    distillation = Distillation(arguments)
+    try:
+        distillation = Distillation(arguments)
+    except (CaptionError, OSError, SafetensorError, ValueError) as error:
+        parser.error(str(error))
     print(
         f"{distillation.device}: {distillation.train} photos, {distillation.held_out} held out, "
         f"{len(distillation.words)} words, "

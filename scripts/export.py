@@ -48,14 +48,19 @@ def int8_directory(checkpoint: Path) -> Path:
     return encoder.with_name(f"{encoder.stem}.int8")
 
 
+def quantized(checkpoint: Path) -> ExportManifest | None:
+    """What is said of the int8 export beside a checkpoint's encoder, if there is one, and of this encoder."""
+    manifest = read_manifest(checkpoint)
+    return read_export(int8_directory(checkpoint), manifest.files["encoder"].sha256, manifest.config.preprocessing)
+
+
 def exported(checkpoint: Path, directory: Path) -> Path:
     """Where an export of the checkpoint's encoder is: the int8 one beside it, or else the float one, written to `directory`.
 
     Nothing is there when nothing can be exported. Raises CheckpointError.
     """
-    manifest, int8 = read_manifest(checkpoint), int8_directory(checkpoint)
-    if read_export(int8, manifest.files["encoder"].sha256, manifest.config.preprocessing) is not None:
-        return int8
+    if quantized(checkpoint) is not None:
+        return int8_directory(checkpoint)
     if exporter() != NOTHING:
         export(checkpoint, directory)
     return directory

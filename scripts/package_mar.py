@@ -18,9 +18,8 @@ from pathlib import Path
 import yaml
 
 from handler.checkpoint import copy_checkpoint, read_manifest, write_atomically
-from handler.engine import read_export
 from handler.errors import CheckpointError
-from scripts.export import NOTHING, export, exporter, int8_directory
+from scripts.export import exported, exporter, quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDLER = ROOT / "handler"
@@ -35,10 +34,7 @@ def package(checkpoint: Path, output: Path, *, name: str, model_config: Path) ->
     The inputs' digest stands in the archive's zip comment. Raises CheckpointError.
     """
     manifest = read_manifest(checkpoint)
-    encoder = manifest.files["encoder"].sha256
-    int8 = int8_directory(checkpoint)
-    quantized = read_export(int8, encoder, manifest.config.preprocessing)
-    wanted = _digest(f"{manifest.digest} {exporter()} {quantized}", name, model_config)
+    wanted = _digest(f"{manifest.digest} {exporter()} {quantized(checkpoint)}", name, model_config)
     if output.is_file() and zipfile.is_zipfile(output):
         with zipfile.ZipFile(output) as archive:
             if archive.comment == wanted:
@@ -47,10 +43,9 @@ def package(checkpoint: Path, output: Path, *, name: str, model_config: Path) ->
         staged = Path(folder) / "files"
         shutil.copytree(HANDLER, staged / "handler", ignore=shutil.ignore_patterns("__pycache__", ENTRY_POINT))
         copy_checkpoint(checkpoint, staged / "checkpoint")
-        if quantized is not None:
-            shutil.copytree(int8, staged / "engine")
-        elif exporter() != NOTHING:
-            export(checkpoint, staged / "engine")
+        engine = exported(checkpoint, staged / "engine")
+        if engine != staged / "engine":
+            shutil.copytree(engine, staged / "engine")
         subprocess.run(
             [
                 str(Path(sys.executable).with_name("torch-model-archiver")),

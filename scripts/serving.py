@@ -17,8 +17,10 @@ from handler.machine import available_cpus
 THREADS_FROM_CPUS = {1: 1, 8: 2, 32: 4}
 """Threads of a worker on a machine of so many CPUs or more. One for each CPU in all: workers whose threads wait for a CPU
 wait for each other. One thread each gives the most captions, but a worker takes memory, and a lone request one worker."""
-WORKER_MIB = 1250
-"""Memory of a worker: 450 of its own, and 800 of its decoding process while a photo of 50 megapixels is decoded."""
+MOST_THREADS_ALONE = 4
+"""More do little for one image."""
+WORKER_MIB = 1350
+"""Memory of a worker: 550 of its own, and 800 of its decoding process while a photo of 50 megapixels is decoded."""
 WORKERS_A_GPU = 2
 """So that one decodes and searches while the other's encoder runs."""
 
@@ -28,6 +30,8 @@ class Plan:
     workers: int
     threads: int
     """Of each worker."""
+    threads_alone: int
+    """Of each worker, for a photo that comes alone: the others have nothing to do then."""
     frontend_threads: int
     """That read requests, and that talk to the workers, of each kind. They only pass bytes on."""
 
@@ -38,6 +42,7 @@ class Plan:
             "TS_NUMBER_OF_NETTY_THREADS": str(self.frontend_threads),
             "TS_NETTY_CLIENT_THREADS": str(self.frontend_threads),
             "CAPTION_THREADS": str(self.threads),
+            "CAPTION_THREADS_ALONE": str(self.threads_alone),
         }
 
 
@@ -46,14 +51,13 @@ def plan(*, cpus: int | None = None, memory: int | None = None, gpus: int | None
     cpus = available_cpus() if cpus is None else cpus
     memory = available_memory() if memory is None else memory
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if gpus is None else gpus
-    most = memory // (WORKER_MIB * 2**20)
-    if gpus:
-        workers = max(1, min(gpus * WORKERS_A_GPU, most))
-    else:
-        workers = max(1, min(cpus // max(threads for least, threads in THREADS_FROM_CPUS.items() if least <= cpus), most))
+    threads = max(threads for least, threads in THREADS_FROM_CPUS.items() if least <= cpus)
+    wanted = gpus * WORKERS_A_GPU if gpus else cpus // threads
+    workers = max(1, min(wanted, memory // (WORKER_MIB * 2**20)))
     return Plan(
         workers=workers,
         threads=max(1, cpus // workers),
+        threads_alone=min(cpus, MOST_THREADS_ALONE),
         frontend_threads=min(max(2, cpus // 2), 8),
     )
 

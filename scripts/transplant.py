@@ -8,7 +8,8 @@ the errors of the blocks before it included (He, Zhang and Sun 2017, "Channel Pr
 Networks"; network morphism: Wei et al. 2016). The stem and the first stage, which differ, are trained to give the
 teacher's stream first.
 
-The result is an encoder that knows ImageNet although it has never seen it, for `scripts.distill --init`.
+The result, RUN/encoder.safetensors, is an encoder that knows ImageNet although it has never seen it, for
+`scripts.distill --init`. An interrupted run goes on with the stage that it was at: give the same command again. On the CPU.
 """
 
 from __future__ import annotations
@@ -20,24 +21,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import trange
 
-from handler.checkpoint import write_safetensors
-from handler.config import EncoderConfig, PreprocessingConfig
+from handler.checkpoint import write_atomically, write_safetensors
+from handler.config import EncoderConfig
 from handler.encoder import Encoder
-from handler.image import normalize
+from handler.errors import CaptionError
 from handler.torchvision_models import models
 from scripts.datasets import add_dataset_arguments, dataset_from
-from scripts.distill import STAGES, augment, cache_photos
-from scripts.teachers import FEATURES, MobileNetV2Teacher
+from scripts.distill import STAGES, augment, cache_photos, prepare, read_photos
+from scripts.teachers import FEATURES, STREAMS, MobileNetV2Teacher
 
-FIRST = 3
-"""The last of the teacher's blocks (torchvision's `features`) that the student's stem and first stage replace."""
+FIRST, *_, LAST = STREAMS
+"""The teacher's block whose stream the student's stem and first stage give, and its last convolution, which has no hidden
+channels of its own: it is linear in those of the block before it."""
 PLAN = {
     "layer2": (((4,), 0), ((5,), 0), ((6,), 0), ((5, 6), 0)),
     "layer3": (((7,), 0), ((8,), 0), ((9, 10), 0), ((11,), 64), ((12,), 64), ((13,), 64)),
@@ -45,8 +47,6 @@ PLAN = {
 }
 """For each of the student's blocks: whose hidden channels it chooses from, and the first of its channels that then hold
 the stream of the last of them. At the end, channels 0 to 1279 are the teacher's features."""
-LAST = 18
-"""The teacher's last convolution, which has no hidden channels of its own: it is linear in those of block 17."""
 UNUSED = 0.01
 """Standard deviation, relative to He initialisation, of the weights that have nothing to do yet, so that they can learn."""
 POSITIONS = 40_000
@@ -102,19 +102,44 @@ def _fused(layer: nn.Module) -> nn.Conv2d:
 class Transplantation:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.pixels: int = arguments.pixels
-        self.preprocessing = PreprocessingConfig(size=self.pixels)
+        self.run: Path = arguments.run
         examples = [e for e in dataset_from(arguments) if e.split not in ("dev", "test")]
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        self.photos = cache_photos(examples, 224, arguments.output.with_suffix(".photos.npy"))
         self.teacher = MobileNetV2Teacher(arguments.teacher).net.features
+        self.photos = cache_photos(examples, 224, self.run / "photos-224.npy")
         torch.manual_seed(arguments.seed)
         self.student = Encoder(EncoderConfig())
+        self.done: list[str] = []
+        """Stages of the student."""
+        self.reader: Reader | None = None
+        """Where the teacher's stream is after the last of them."""
+        if (self.run / "state.pt").exists():
+            state = torch.load(self.run / "state.pt", weights_only=True)
+            self.student.load_state_dict(state["student"])
+            self.student.eval().requires_grad_(False)
+            self.done, self.reader = state["done"], Reader(*state["reader"])
+            torch.set_rng_state(state["rng"])
+            print(f"continuing after {self.done[-1]}")
+
+    def run_to_end(self) -> None:
+        if not self.done:
+            self._finish("layer1", self.train_stage("layer1", FIRST, None, learning_rate=2e-3))
+        if len(self.done) < len(STAGES):
+            self.copy_blocks()
+        write_safetensors(self.run / "encoder.safetensors", self.student.state_dict(), half=True)
+
+    def _finish(self, stage: str, reader: Reader) -> None:
+        self.done, self.reader = [*self.done, stage], reader
+        state = {
+            "student": self.student.state_dict(),
+            "done": self.done,
+            "reader": (reader.weight, reader.bias),
+            "rng": torch.get_rng_state(),
+        }
+        write_atomically(self.run / "state.pt", lambda path: torch.save(state, path))
 
     def crops(self, count: int, pixels: int) -> Tensor:
         """Random crops (count, 3, pixels, pixels) in 0..1."""
-        rows = np.sort(torch.randint(0, len(self.photos), (count,)).numpy())
-        return augment(torch.from_numpy(self.photos[rows]).permute(0, 3, 1, 2).float() / 255, pixels)
+        return augment(read_photos(self.photos, torch.randint(0, len(self.photos), (count,))), pixels)
 
     def streams(self, crops: Tensor) -> list[Tensor]:
         """What the teacher's blocks give for crops in 0..1; its last convolution without its activation."""
@@ -125,9 +150,6 @@ class Transplantation:
             streams.append(stream)
         streams.append(_fused(self.teacher[-1])(stream))
         return streams
-
-    def prepared(self, crops: Tensor) -> Tensor:
-        return normalize(crops * 255, self.preprocessing).contiguous(memory_format=torch.channels_last)
 
     def train_stage(self, last: str, number: int, reader: Reader | None, *, learning_rate: float) -> Reader:
         """Train the student's stage `last` (with the stem, if it is the first) to give the stream of the teacher's block.
@@ -160,7 +182,7 @@ class Transplantation:
                 with torch.autocast("cpu", dtype=torch.bfloat16):
                     with torch.no_grad():
                         wanted = self.teacher[: number + 1]((crops * 2 - 1).contiguous(memory_format=torch.channels_last))
-                        inputs = before(self.prepared(crops))
+                        inputs = before(prepare(crops))
                     found = read(stage(inputs))
                 loss = F.mse_loss(found.float(), (wanted.float() - mean) / std)
                 optimizer.zero_grad()
@@ -175,23 +197,26 @@ class Transplantation:
         return Reader(weight * std[:, 0], bias * std.flatten() + mean.flatten())
 
     @torch.no_grad()
-    def copy_blocks(self, reader: Reader) -> None:
+    def copy_blocks(self) -> None:
         """Give the student the teacher's other blocks, stage by stage, each trained a little after it is filled."""
         count = self.arguments.crops
         stem = nn.Sequential(*list(self.student.children())[:5])
         kept: dict[int, list[Tensor]] = {sources[-1]: [] for plan in PLAN.values() for sources, _ in plan}
         inputs = []
         for start in trange(0, count, 64, desc="calibration", unit="batch"):
-            crops = self.crops(min(64, count - start), self.pixels)
+            crops = self.crops(min(64, count - start), self.arguments.pixels)
             for number, stream in enumerate(self.streams(crops)):
                 if number in kept:
                     kept[number].append(stream)
-            inputs.append(stem(self.prepared(crops)))
+            inputs.append(stem(prepare(crops)))
         stream, targets = torch.cat(inputs), {number: torch.cat(parts) for number, parts in kept.items()}
         before = None
         for name, plan in PLAN.items():
             stage = cast(nn.Sequential, self.student.get_submodule(name))
-            stage_input = stream
+            if name in self.done:
+                stream, before = torch.cat([stage(part) for part in stream.split(64)]), plan[-1][1]
+                continue
+            stage_input, reader = stream, cast(Reader, self.reader)
             for block, (sources, first) in zip(stage, plan, strict=True):
                 target = targets[sources[-1]]
                 same = [t.amin((0, 2, 3)) for t in targets.values() if t.shape[1] == target.shape[1]]
@@ -213,6 +238,7 @@ class Transplantation:
             calibrate(stage, stage_input.split(64)[:8])
             with torch.enable_grad():
                 reader = self.train_stage(name, plan[-1][0][-1], reader, learning_rate=self.arguments.stage_learning_rate)
+            self._finish(name, reader)
             stream = torch.cat([stage(part) for part in stage_input.split(64)])
 
 
@@ -242,7 +268,7 @@ def _fill(
     mean_in, mean_out = inputs.mean(0), wanted.mean(0)
     inputs, wanted = inputs - mean_in, wanted - mean_out
     keep = _choose(inputs, wanted, width)
-    weight = _ridge(inputs[:, keep], wanted)
+    weight = _ridge(inputs[:, keep].T @ inputs[:, keep], inputs[:, keep].T @ wanted)
     for convolution in (block.conv1, block.conv2):
         nn.init.kaiming_normal_(convolution.weight)
         convolution.weight.mul_(UNUSED)
@@ -275,17 +301,15 @@ def _choose(inputs: Tensor, outputs: Tensor, count: int) -> Tensor:
     spread = gram.diagonal().sqrt()
     keep = torch.arange(len(gram))
     while len(keep) > count:
-        scale = gram[keep][:, keep].diagonal().mean()
-        weight = torch.linalg.solve(gram[keep][:, keep] + RIDGE * scale * torch.eye(len(keep)), cross[keep])
-        worth = weight.norm(dim=1) * spread[keep]
+        worth = _ridge(gram[keep][:, keep], cross[keep]).norm(dim=1) * spread[keep]
         drop = min(len(keep) - count, math.ceil(0.05 * len(keep)))
         keep = keep[worth.argsort(descending=True)[: len(keep) - drop].sort().values]
     return keep
 
 
-def _ridge(inputs: Tensor, outputs: Tensor) -> Tensor:
-    gram = inputs.T @ inputs
-    return torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram)), inputs.T @ outputs)
+def _ridge(gram: Tensor, cross: Tensor) -> Tensor:
+    """Ridge regression: inputs.T @ inputs (C, C) and inputs.T @ outputs (C, d) to the weights (C, d)."""
+    return torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram)), cross)
 
 
 def _reader_of(stream: Tensor, target: Tensor, first: int) -> Reader:
@@ -341,7 +365,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("output", type=Path, help="safetensors file to write")
+    parser.add_argument("run", type=Path, help="run directory; made, or continued")
     add_dataset_arguments(parser)
     parser.add_argument("--teacher", type=Path, required=True, help="MobileNetV2 weights")
     parser.add_argument("--pixels", type=int, default=160, help="side of the crops that blocks are calibrated on")
@@ -354,10 +378,18 @@ def main() -> None:
     parser.add_argument("--stage-learning-rate", type=float, default=3e-4, help="of the stages after the first")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    work = Transplantation(arguments)
-    work.copy_blocks(work.train_stage("layer1", FIRST, None, learning_rate=2e-3))
-    write_safetensors(arguments.output, work.student.state_dict(), half=True)
-    print(f"encoder: {arguments.output}")
+    arguments.run.mkdir(parents=True, exist_ok=True)
+    try:
+        work = Transplantation(arguments)
+    except (CaptionError, OSError, SafetensorError, ValueError) as error:
+        parser.error(str(error))
+    steps = arguments.stage_steps
+    print(
+        f"{len(work.photos)} photos; the stem and layer1 are trained for {3 * steps} steps, "
+        f"{', '.join(PLAN)} filled and trained for {steps} steps each"
+    )
+    work.run_to_end()
+    print(f"encoder: {arguments.run / 'encoder.safetensors'}")
 
 
 if __name__ == "__main__":

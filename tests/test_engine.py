@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,17 @@ def load(saved: Path, exported: Path) -> Callable[..., Captioner]:
 def pixels(load: Callable[..., Captioner]) -> torch.Tensor:
     captioner = load("torch-fp32")
     return torch.stack([captioner.prepare(path.read_bytes()).pixels for path in SAMPLES])
+
+
+def test_a_photo_that_comes_alone_gets_the_same_features(saved: Path, exported: Path, pixels: torch.Tensor) -> None:
+    """By a second copy of the encoder, with more threads."""
+    serving = ServingConfig(engine="openvino-fp32", threads=1)
+    captioner = load_captioner(saved, exported, serving, environment={"CAPTION_THREADS_ALONE": "2"})
+    together = captioner.encode(pixels)
+    alone = torch.cat([captioner.encode(photo[None]) for photo in pixels])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4 * float(together.abs().max()))
+    engine: Any = captioner.engine
+    assert engine._alone is not engine._request
 
 
 def test_fp32_engines_compute_the_same(load: Callable[..., Captioner], pixels: torch.Tensor) -> None:

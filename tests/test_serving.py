@@ -36,6 +36,7 @@ def test_the_plan_reaches_torchserve_and_the_handler() -> None:
     environment = plan(cpus=2, memory=8 * GIB, gpus=0).environment()
     assert environment["TS_DEFAULT_WORKERS_PER_MODEL"] == "2"
     assert environment["CAPTION_THREADS"] == "1"
+    assert environment["CAPTION_THREADS_ALONE"] == "2"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from tests.conftest import ROOT, SAMPLES
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-SECONDS = float(os.environ.get("SOAK_SECONDS", "90"))
+SECONDS = float(os.environ.get("SOAK_SECONDS", "180"))
 CLIENTS = 4
 GROWTH_MIB = 120
 """Of all workers together; allocators keep what they have had once, and each restart of a version begins anew."""

@@ -27,7 +27,6 @@ def run(*arguments: str | Path) -> str:
 
 
 def test_from_photos_to_captions_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAPTION_ENGINE", "torch-fp32")  # evaluation's; bf16 may well call a shape blue that is nearly red
     table = make(tmp_path / "toy", photos=200)
     data = ("--images", tmp_path / "toy/photos", "--captions", table)
     settings = ("--min-count", "1", "--epochs", "15", "--batch", "32", "--cache", tmp_path / "features")
@@ -53,6 +52,10 @@ def test_from_photos_to_captions_over_http(tmp_path: Path, monkeypatch: pytest.M
             right += words[-2] in caption  # the last caption of a photo is "There is a COLOUR SHAPE."
         assert right > 0.7 * len(dev)  # one of four colours is right by chance
 
+    monkeypatch.setenv("CAPTION_ENGINE", "torch-fp32")  # evaluation's; bf16 may well call a shape blue that is nearly red
+    with TorchServe(free_settings() | {"model_store": str(store)}) as server:
+        server.wait_until_ready()
+        url = server.address("inference") + "/predictions/caption"
         for subject, folder in ((("--url", url), "url"), ((checkpoint,), "checkpoint")):
             run("scripts.evaluate", *subject, *data, "--beam", "1", "3", "--no-java", "--output", tmp_path / folder)
 

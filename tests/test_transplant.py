@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,17 +66,34 @@ def test_an_encoder_computes_the_same_with_statistics_of_its_own() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_leaves_an_encoder(tmp_path: Path, mobilenet: Path) -> None:
+def test_a_run_that_was_interrupted_goes_on_with_its_stage_and_leaves_an_encoder(tmp_path: Path, mobilenet: Path) -> None:
     table = make(tmp_path / "toy", photos=10)
     command = [
-        *(sys.executable, "-m", "scripts.transplant", str(tmp_path / "run/encoder.safetensors")),
+        *(sys.executable, "-m", "scripts.transplant", str(tmp_path / "run")),
         *("--images", str(tmp_path / "toy/photos"), "--captions", str(table), "--teacher", str(mobilenet)),
         *("--pixels", "64", "--crops", "16", "--stage-pixels", "32", "--stage-steps", "7", "--stage-batch", "4"),
     ]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as begun:
+        assert begun.stdout is not None
+        while "layer3: blocks" not in begun.stdout.readline():
+            assert begun.poll() is None
+        begun.kill()
+    assert not (tmp_path / "run/encoder.safetensors").exists()
     out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert out.count("of the stream's variance") == 4 + 13
+    assert "continuing after layer2" in out
+    assert re.findall(r"^(layer\d): trained", out, re.MULTILINE) == ["layer3", "layer4"]
     encoder = Encoder(EncoderConfig())
     load_weights(encoder, tmp_path / "run/encoder.safetensors")
     features = encoder.eval()(torch.randn(2, 3, 64, 64))
     assert features.isfinite().all()
     assert features[:, :FEATURES].var() > 0
+
+
+def test_a_foreign_teacher_is_refused_with_a_message(tmp_path: Path) -> None:
+    table = make(tmp_path / "toy", photos=5)
+    (tmp_path / "teacher.safetensors").write_bytes(b"no weights")
+    command = [sys.executable, "-m", "scripts.transplant", str(tmp_path / "run"), "--images", str(tmp_path / "toy/photos")]
+    command += ["--captions", str(table), "--teacher", str(tmp_path / "teacher.safetensors")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
