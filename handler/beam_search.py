@@ -5,8 +5,8 @@ words; of all extensions the `beam` most likely are kept; those that end, or rea
 found; the search of an image stops once `beam` captions are found. A caption's score is its log-likelihood.
 
 With a length penalty a > 0 the score is log-likelihood / ((5 + n) / 6) ** a for n generated tokens (Wu et al. 2016,
-"Google's Neural Machine Translation System", without the coverage term), and an image stops only when no live caption
-can come to beat the `beam` best found ones.
+"Google's Neural Machine Translation System", without the coverage term), and a live caption is given up only when it cannot
+come to beat the `beam` best found ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ class Search:
     length_penalty: float = 0.0
 
     def score(self, log_likelihood: float, length: int) -> float:
-        return log_likelihood / ((5 + length) / 6) ** self.length_penalty
+        return log_likelihood / self.normalizer(length)
+
+    def normalizer(self, length: int) -> float:
+        return float(((5 + length) / 6) ** self.length_penalty)
 
 
 @dataclass(frozen=True)
@@ -114,14 +117,13 @@ def search(
         history.append(_Step(place[row].tolist(), token.tolist(), gains[row, rank].tolist()))
 
         ended = (token == end_token) | (len(history) == max_lengths[image])
-        over = _record(found, searches, len(history), image, total, ended)
-        place = (~ended & ~over[image]).nonzero()[0]
+        place = _live(found, searches, len(history), image, total, ended).nonzero()[0]
         image, slot, token, total, row = image[place], slot[place], token[place], total[place], row[place]
 
     return [[_trace(history, end) for end in sorted(ends, key=lambda end: -end.score)] for ends in found]
 
 
-def _record(
+def _live(
     found: list[list[_Found]],
     searches: Sequence[Search],
     length: int,
@@ -129,22 +131,23 @@ def _record(
     total: np.ndarray,
     ended: np.ndarray,
 ) -> np.ndarray:
-    """Add the captions that ended in this step to `found`; say for which images (B,) the search is over."""
+    """Add the captions that ended in this step to `found`; say which of the kept ones (N,) are worth going on with."""
     for place in ended.nonzero()[0].tolist():
         number = int(image[place])
         found[number].append(_Found(searches[number].score(float(total[place]), length), length, place))
-    over = np.zeros(len(searches), dtype=bool)
+    live = ~ended
     for number, wanted in enumerate(searches):
         if len(found[number]) < wanted.beam_size:
             continue
         if wanted.length_penalty == 0:
-            over[number] = True
+            live &= image != number
             continue
-        # A live caption's log-likelihood can only fall, and the longest length divides it by the most.
-        hopes = total[(image == number) & ~ended]
-        hope = wanted.score(float(hopes.max()), wanted.max_length) if len(hopes) else -np.inf
-        over[number] = sorted((end.score for end in found[number]), reverse=True)[wanted.beam_size - 1] >= hope
-    return over
+        # A log-likelihood can only fall, and the longest length divides it by the most. What takes the place of a caption
+        # that leaves is less likely, and as hopeless.
+        worst = sorted((end.score for end in found[number]), reverse=True)[wanted.beam_size - 1]
+        hopes = total.astype(np.float64) / wanted.normalizer(wanted.max_length)
+        live &= (image != number) | (hopes > worst)
+    return live
 
 
 def _trace(history: list[_Step], end: _Found) -> Hypothesis:
