@@ -32,12 +32,12 @@ import torch
 import yaml
 
 from handler.beam_search import Search, search
-from handler.captioner import Captioner, load_captioner
+from handler.captioner import Captioner
 from handler.checkpoint import load_checkpoint
-from handler.config import EngineName, ServingConfig
 from handler.expansion import Expander, PlainExpander
 from handler.machine import available_cpus
-from scripts.export import NOTHING, export, exporter, int8_directory
+from scripts.engines import ENGINES, captioners
+from scripts.export import exporter
 from scripts.package_mar import package
 from scripts.server import CONFIG, TorchServe, free_settings
 from scripts.serving import plan
@@ -45,7 +45,6 @@ from scripts.serving import plan
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_CONFIG = ROOT / "deploy/torchserve/model-config.yaml"
 PHOTO = ROOT / "samples/cat.jpg"
-ENGINES: tuple[EngineName, ...] = ("torch-fp32", "torch-bf16", "openvino-fp32", "openvino-bf16", "openvino-int8")
 Rows = list[dict[str, Any]]
 
 
@@ -359,20 +358,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     load_generator()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
-        captioners = _captioners(arguments.checkpoint, folder, ("torch-fp32", "openvino-bf16") if quick else ENGINES)
-        serving = captioners[_serving_name(captioners)]
+        loaded = captioners(arguments.checkpoint, folder, ("torch-fp32", "openvino-bf16") if quick else ENGINES)
+        serving = loaded[_serving_name(loaded)]
         report: dict[str, Any] = {
             "machine": _machine(),
             "engine": serving.engine.name,
             "plan": vars(plan()),
             "decoding": measure_decoding(serving, part_seconds),
-            "encoder": measure_encoder(captioners, batches, part_seconds),
+            "encoder": measure_encoder(loaded, batches, part_seconds),
             "search": measure_search(serving, arguments.checkpoint, (1, 5), batches, part_seconds),
         }
         alone = [row for row in report["encoder"] if row["engine"] == serving.engine.name]
         encoder_throughput = 1e3 / min(row["ms"] for row in alone)
         encoder_once = next(row["ms"] for row in alone if row["batch"] == 1)
-        del captioners, serving
+        del loaded, serving
 
         archive, single = folder / "store/caption.mar", folder / "single/caption.mar"
         package(arguments.checkpoint, archive, name="caption", model_config=MODEL_CONFIG)
@@ -416,20 +415,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         other_time = report["cold_start_of_other"]["first_caption"]
         report["ratios"]["cold start of the other version to this"] = other_time / report["cold_start"]["first_caption"]
     return report
-
-
-def _captioners(checkpoint: Path, folder: Path, engines: Sequence[EngineName]) -> dict[str, Captioner]:
-    """One for each engine that this machine and checkpoint allow."""
-    exported = folder / "float"
-    if exporter() != NOTHING:
-        export(checkpoint, exported)
-    found: dict[str, Captioner] = {}
-    for name in engines:
-        source = int8_directory(checkpoint) if name == "openvino-int8" else exported
-        captioner = load_captioner(checkpoint, source, ServingConfig(engine=name), environment={})
-        if captioner.engine.name == name:
-            found[name] = captioner
-    return found
 
 
 def _serving_name(captioners: Mapping[str, Captioner]) -> str:

@@ -16,22 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from pycocoevalcap.cider.cider import Cider
 
 from handler.captioner import Captioner, load_captioner
 from handler.checkpoint import load_checkpoint
 from handler.config import ServingConfig
 from handler.errors import CaptionError
-from handler.parameters import parse_parameters
 from scripts.datasets import Example, add_dataset_arguments, dataset_from, of_split
+from scripts.engines import best_captions, cider
 from scripts.export import as_openvino, int8_directory, save_export
-from scripts.metrics import plain_tokens
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_LOSS = 0.005
 """Of CIDEr, as a share."""
-BATCH = 8
 
 
 class QuantizationError(CaptionError):
@@ -72,24 +68,10 @@ def compare(checkpoint: Path, quantized: Path, examples: Sequence[Example]) -> C
     captioner = load_captioner(checkpoint, quantized, ServingConfig(engine="openvino-int8"), environment={})
     if captioner.engine.name != "openvino-int8":
         raise QuantizationError("this machine cannot run the int8 encoder fast or exactly, so it cannot be judged here")
-    ours = [_captions(one, examples) for one in (Captioner(load_checkpoint(checkpoint)), captioner)]
-    language = captioner.config.languages[0]
-    references = plain_tokens([e.captions for e in examples], language)
-    plain, int8 = (
-        float(Cider().compute_score(references, plain_tokens([[c] for c in captions], language))[0]) for captions in ours
-    )
-    same = sum(one == other for one, other in zip(*ours, strict=True))
-    return Comparison(len(examples), same, plain, int8)
-
-
-def _captions(captioner: Captioner, examples: Sequence[Example]) -> list[str]:
-    parameters = parse_parameters({"num_captions": 1}, captioner.config)
-    best: list[str] = []
-    for start in range(0, len(examples), BATCH):
-        pixels = [captioner.prepare(e.path.read_bytes()).pixels for e in examples[start : start + BATCH]]
-        found = captioner.search(captioner.encode(torch.stack(pixels)), [parameters] * len(pixels))
-        best += [captions[0].caption for captions in found]
-    return best
+    photos, language = [e.path for e in examples], captioner.config.languages[0]
+    plain, int8 = (best_captions(one, photos) for one in (Captioner(load_checkpoint(checkpoint)), captioner))
+    same = sum(one.caption == other.caption for one, other in zip(plain, int8, strict=True))
+    return Comparison(len(examples), same, cider(plain, examples, language), cider(int8, examples, language))
 
 
 def calibration_photos(folder: Path, count: int) -> list[Path]:
