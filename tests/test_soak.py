@@ -25,9 +25,9 @@ from scripts.server import TorchServe, free_settings
 from tests import corpus
 from tests.conftest import ROOT, SAMPLES
 
-pytestmark = [pytest.mark.server, pytest.mark.slow]
-
 SECONDS = float(os.environ.get("SOAK_SECONDS", "180"))
+pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(SECONDS + 600)]
+
 CLIENTS = 4
 GROWTH_MIB = 120
 """Of all workers together; allocators keep what they have had once, and each restart of a version begins anew."""
