@@ -68,33 +68,20 @@ def exported(checkpoint: Path, directory: Path) -> Path:
 
 def export(checkpoint: Path, directory: Path) -> None:
     """Write the float export of a checkpoint's encoder, the same bytes each time. Raises CheckpointError."""
-    save_export(as_openvino(checkpoint, fused=False), checkpoint, directory, numbers="float")
+    save_export(as_openvino(checkpoint), checkpoint, directory, numbers="float")
 
 
-def as_openvino(checkpoint: Path, *, fused: bool) -> Any:
-    """The encoder with its preprocessing as an openvino.Model: pixels (B, 3, size, size), uint8, to features (B, 2048).
-
-    fused: the convolutions' weights are already multiplied by the batch normalizations', as NNCF wants them. Otherwise
-    OpenVINO does that, in fp32, when it loads the model, and weights that are fp16 in the checkpoint are exact in the file.
-    """
+def as_openvino(checkpoint: Path) -> Any:
+    """The encoder with its preprocessing as an openvino.Model: pixels (B, 3, size, size), uint8, to features (B, 2048)."""
     import openvino
-    from openvino.frontend import FrontEndManager
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     preprocessing = read_manifest(checkpoint).config.preprocessing
     network = _WithPreprocessing(load_encoder(checkpoint), preprocessing).eval().requires_grad_(False)
     pixels = torch.zeros(1, 3, preprocessing.size, preprocessing.size, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: mean and std are constants, and meant to be
-        if fused:
-            model = openvino.convert_model(network, example_input=pixels)
-        else:
-            frontend = FrontEndManager().load_by_framework("pytorch")
-            traced = TorchScriptPythonDecoder(network, example_input=pixels)  # named, since the frontend does not hold it
-            model = frontend.convert(frontend.load(traced))
-            model.get_parameters()[0].set_element_type(openvino.Type.u8)
-    model.get_parameters()[0].set_partial_shape(openvino.PartialShape([-1, *pixels.shape[1:]]))
-    model.validate_nodes_and_infer_types()
+        model = openvino.convert_model(network, example_input=pixels)
+    model.reshape([-1, *pixels.shape[1:]])
     return model
 
 
@@ -107,7 +94,8 @@ def save_export(model: Any, checkpoint: Path, directory: Path, *, numbers: Numbe
     for number, node in enumerate(model.get_ordered_ops()):
         node.set_friendly_name(f"{node.get_type_name()}_{number}")
     directory.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(model, directory / FILES[0], compress_to_fp16=True)
+    # Batch normalization is in the weights by now: rounded to fp16 again, they move log-likelihoods by 0.05.
+    openvino.save_model(model, directory / FILES[0], compress_to_fp16=numbers == "int8")
     manifest = read_manifest(checkpoint)
     about = ExportManifest(
         numbers=numbers,

@@ -59,7 +59,7 @@ def quantize(checkpoint: Path, photos: Sequence[Path], directory: Path) -> None:
     pixels = [captioner.prepare(path.read_bytes()).pixels[None].numpy() for path in photos]
     # Mixed: weights symmetric, activations not, which costs nothing after a ReLU and keeps the range whole before one.
     preset = nncf.QuantizationPreset.MIXED
-    model = nncf.quantize(as_openvino(checkpoint, fused=True), nncf.Dataset(pixels), preset=preset, subset_size=len(pixels))
+    model = nncf.quantize(as_openvino(checkpoint), nncf.Dataset(pixels), preset=preset, subset_size=len(pixels))
     save_export(model, checkpoint, directory, numbers="int8")
 
 
