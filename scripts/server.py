@@ -91,11 +91,11 @@ class TorchServe:
         self._check()
         self._folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
         environment = plan().environment() | os.environ | {f"TS_{key.upper()}": value for key, value in self.settings.items()}
-        # TorchServe keeps its process number, unpacked models and sockets in the temporary directory; this one is ours
-        # alone, so that several servers live side by side and nothing is left when one ends.
         # The frontend only passes bytes on: Java's thorough compiler takes twice the time that it saves. Not as TorchServe's
         # `vmargs`, which its launcher announces on an output that may be full, and dies of that.
         environment.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
+        # TorchServe keeps its process number, unpacked models and sockets in the temporary directory; this one is ours
+        # alone, so that several servers live side by side and nothing is left when one ends.
         environment |= {"TMPDIR": str(self._folder), "TEMP": str(self._folder), "LOG_LOCATION": str(self._folder)}
         environment.pop("PYTHONPATH", None)  # it would win over the code in the .mar
         # Its workers would parse JSON of any shape and size before the handler can refuse it.
