@@ -3,7 +3,8 @@
 Teacher and student see the same random crop, flip and colour change of a photo, and with some probability the same
 mixture of two (Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and consistent"). The student
 learns the teachers' streams at the end of each stage (Romero et al. 2015, "FitNets: Hints for Thin Deep Nets"), their
-features, pooled and at each place of the grid, their class probabilities, and the words of the photo's captions.
+features, pooled and at each place of the grid, their class probabilities, and the words of the photo's captions. With
+`--jpeg` the student alone sees crops that JPEG has damaged, so that a photo saved anew keeps its features.
 
 The run directory holds all that a continuation needs: run the same command again and it goes on where it stopped.
 """
@@ -11,6 +12,7 @@ The run directory holds all that a continuation needs: run the same command agai
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import re
@@ -46,6 +48,7 @@ LEARNING_RATE = 1e-3
 LEARNING_RATE_WITH_INIT = 3e-5
 WARM_UP_STEPS = 200
 SAVE_EVERY_SECONDS = 300
+JPEG_QUALITIES = (40, 95)
 LONGEST_STEP_SECONDS = 60.0
 """A step that seems to take longer was suspended with its machine, which is not training time."""
 STAGES = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": FEATURE_SIZE}
@@ -135,6 +138,17 @@ def augment(photos: Tensor, pixels: int) -> Tensor:
     grid = F.affine_grid(theta, [n, 3, pixels, pixels], align_corners=False)
     crops = F.grid_sample(photos, grid, align_corners=False)
     return (crops * uniform(0.75, 1.25, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)).clamp(0, 1)
+
+
+def recompressed(images: Tensor, share: float) -> Tensor:
+    """Images (B, 3, H, W) in 0..1, on an average `share` of them after saving as a JPEG file of some quality."""
+    for row in (torch.rand(len(images)) < share).nonzero()[:, 0]:
+        pixels = (images[row] * 255).round().to(torch.uint8).permute(1, 2, 0)
+        buffer = io.BytesIO()
+        quality = int(torch.randint(JPEG_QUALITIES[0], JPEG_QUALITIES[1] + 1, ()))
+        Image.fromarray(pixels.cpu().numpy()).save(buffer, "JPEG", quality=quality)
+        images[row] = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).to(images) / 255
+    return images
 
 
 def resized(images: Tensor, pixels: int) -> Tensor:
@@ -281,7 +295,7 @@ class Distillation:
             images = images * share.view(-1, 1, 1, 1) + images[other] * (1 - share.view(-1, 1, 1, 1))
             words = words * share[:, None] + words[other] * (1 - share[:, None])
         wanted, wanted_classes = self.wanted(images)
-        found, word_logits = self.learn(images)
+        found, word_logits = self.learn(recompressed(images, self.arguments.jpeg))
         to_pooled = self.std[-1] / self.pooled_std
         pooled = found[-1].mean((1, 2))
         log_classes = torch.stack(
@@ -384,6 +398,7 @@ def main() -> None:
     parser.add_argument("--classes", type=float, default=0.1, help="weight of the teachers' class probabilities")
     parser.add_argument("--words", type=float, default=10.0, help="weight of the captions' words")
     parser.add_argument("--mixup", type=float, default=0.0, help="probability that a batch is mixed")
+    parser.add_argument("--jpeg", type=float, default=0.0, help="share of the crops that the student sees damaged by JPEG")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.teacher_pixels = arguments.teacher_pixels or arguments.pixels

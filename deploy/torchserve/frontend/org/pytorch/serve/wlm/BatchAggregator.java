@@ -1,7 +1,9 @@
 package org.pytorch.serve.wlm;
 
+import java.lang.reflect.Field;
 import java.net.HttpURLConnection;
 import java.util.Map;
+import java.util.concurrent.BlockingDeque;
 import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.ExecutionException;
 import org.pytorch.serve.job.Job;
@@ -11,6 +13,7 @@ import org.pytorch.serve.util.messages.ModelLoadModelRequest;
 import org.pytorch.serve.util.messages.ModelWorkerResponse;
 import org.pytorch.serve.util.messages.Predictions;
 import org.pytorch.serve.util.messages.RequestInput;
+import org.pytorch.serve.util.messages.WorkerCommands;
 import org.slf4j.Logger;
 import org.slf4j.LoggerFactory;
 
@@ -31,6 +34,7 @@ public class BatchAggregator {
     protected Model model;
     protected Map<String, Job> jobs;
     private volatile boolean closing;
+    private boolean crowded; // was the last batch one of several requests?
 
     public BatchAggregator() {}
 
@@ -141,7 +145,43 @@ public class BatchAggregator {
     }
 
     public void pollBatch(String threadName, WorkerState state) throws InterruptedException, ExecutionException {
-        model.pollBatch(threadName, state == WorkerState.WORKER_MODEL_LOADED ? 0 : Long.MAX_VALUE, jobs);
+        BlockingDeque<Job> commands = queue(threadName);
+        if (crowded || state != WorkerState.WORKER_MODEL_LOADED || model.isUseJobTicket() || commands != null && !commands.isEmpty()) {
+            model.pollBatch(threadName, state == WorkerState.WORKER_MODEL_LOADED ? 0 : Long.MAX_VALUE, jobs);
+        } else {
+            takeWhatIsThere(queue(Model.DEFAULT_DATA_QUEUE));
+        }
+        crowded = jobs.size() > 1;
+    }
+
+    private void takeWhatIsThere(BlockingDeque<Job> waiting) throws InterruptedException {
+        for (Job job = waiting.take(); job != null; job = jobs.size() < model.getBatchSize() ? waiting.poll() : null) {
+            boolean alone = job.getCmd() == WorkerCommands.DESCRIBE;
+            if (alone && !jobs.isEmpty()) {
+                waiting.addFirst(job);
+                return;
+            }
+            if (jobs.isEmpty() || job.getPayload().getClientExpireTS() > System.currentTimeMillis()) {
+                jobs.put(job.getJobId(), job);
+            } else {
+                logger.warn("Drop inference request {} due to client timeout", job.getPayload().getRequestId());
+            }
+            if (alone) {
+                return;
+            }
+        }
+    }
+
+    /** One of the model's queues, which it keeps to itself: that of its requests, or that of a worker's commands. */
+    @SuppressWarnings("unchecked")
+    private BlockingDeque<Job> queue(String name) {
+        try {
+            Field queues = Model.class.getDeclaredField("jobsDb");
+            queues.setAccessible(true);
+            return ((Map<String, BlockingDeque<Job>>) queues.get(model)).get(name);
+        } catch (ReflectiveOperationException e) {
+            throw new IllegalStateException("Not the Model of TorchServe 0.12.0", e);
+        }
     }
 
     /** The worker will be taken away. */
