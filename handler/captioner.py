@@ -16,7 +16,7 @@ from torch import Tensor
 from handler.beam_search import Hypothesis, Search, search
 from handler.checkpoint import Checkpoint, load_checkpoint, load_encoder, read_manifest
 from handler.config import DecodingConfig, ImageLimits, LanguageConfig, ServingConfig
-from handler.engine import Engine, TorchEngine, load_engine
+from handler.engine import Engine, TorchEngine, load_engine, openvino_precision
 from handler.expansion import Expander, TorchExpander, fold
 from handler.isolation import ImageReader
 from handler.machine import available_cpus
@@ -209,11 +209,12 @@ def load_captioner(
 
 
 def _expander(checkpoint: Checkpoint, forbidden: Sequence[int], engine: Engine, threads: int) -> Expander[Any]:
-    """The search's step on the engine's device, by the same library."""
+    """The search's step on the engine's device, by the same library, and on CPUs in the same precision."""
     if engine.name.startswith("openvino"):
         from handler.openvino_engine import OpenVinoExpander
 
-        return OpenVinoExpander(fold(checkpoint.decoder, forbidden), threads=threads)
+        folded = fold(checkpoint.decoder, forbidden)
+        return OpenVinoExpander(folded, precision=openvino_precision(engine.name), threads=threads)
     return TorchExpander(fold(checkpoint.decoder.to(engine.device), forbidden))
 
 

@@ -50,9 +50,10 @@ class OpenVinoEncoder:
 class OpenVinoExpander:
     """The folded decoder as two graphs: one product a step for all captions, and one call from Python."""
 
-    def __init__(self, folded: Folded, *, threads: int) -> None:
+    def __init__(self, folded: Folded, *, precision: str, threads: int) -> None:
+        """precision: `f32` or `bf16`, of the product alone. OpenVINO leaves what follows the last product in float32."""
         self._start = _compiled(_start_graph(folded), "f32", threads).create_infer_request()
-        step = _compiled(_step_graph(folded), "f32", threads)
+        step = _compiled(_step_graph(folded), precision, threads)
         # Each reads the state that the other has written, in place.
         self._requests = [step.create_infer_request(), step.create_infer_request()]
 

@@ -18,11 +18,11 @@ VOCABULARY = 40
 DECODER = random_decoder(5, hidden=16, vocabulary=VOCABULARY)
 
 
-def by_openvino() -> Expander[Any]:
+def by_openvino(precision: str = "f32") -> Expander[Any]:
     pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -r requirements/serve.txt")
     from handler.openvino_engine import OpenVinoExpander
 
-    return OpenVinoExpander(fold(DECODER, FORBIDDEN), threads=1)
+    return OpenVinoExpander(fold(DECODER, FORBIDDEN), precision=precision, threads=1)
 
 
 FOLDED: dict[str, Callable[[], Expander[Any]]] = {
@@ -75,3 +75,15 @@ def test_what_is_forbidden_comes_last_and_keeps_its_probability(folded: Expander
     with torch.no_grad():
         expected = DECODER(features(1, 1), torch.tensor([[START]]))[0, -1].log_softmax(0)
     assert gains[0] == pytest.approx(expected[torch.from_numpy(words[0]).long()].numpy(), abs=1e-5)
+
+
+def test_in_bfloat16_no_step_is_off_by_more_than_its_rounding() -> None:
+    """However many steps went before: what is rounded does not add up."""
+    exact, rounded = by_openvino(), by_openvino("bf16")
+    state, rounded_state = exact.start(features(4, 2)), rounded.start(features(4, 2))
+    at, of = torch.arange(4).numpy(), torch.tensor([START] * 4).numpy()
+    for _ in range(30):
+        gains, words, state = exact.expand(state, at, of, 5)
+        rounded_gains, _, rounded_state = rounded.expand(rounded_state, at, of, 5)
+        assert rounded_gains == pytest.approx(gains, abs=0.04)
+        of = words[:, 0]
