@@ -12,7 +12,6 @@ The run directory holds all that a continuation needs: run the same command agai
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import re
@@ -38,6 +37,7 @@ from handler.encoder import FEATURE_SIZE, Encoder
 from handler.errors import CaptionError
 from handler.image import normalize
 from scripts.datasets import Example, add_dataset_arguments, dataset_from
+from scripts.features import JPEG_QUALITIES, saved_anew
 from scripts.teachers import FEATURES, STREAMS, MobileNetV2Teacher
 
 STOP_WORDS = frozenset(
@@ -48,7 +48,6 @@ LEARNING_RATE = 1e-3
 LEARNING_RATE_WITH_INIT = 3e-5
 WARM_UP_STEPS = 200
 SAVE_EVERY_SECONDS = 300
-JPEG_QUALITIES = (40, 95)
 LONGEST_STEP_SECONDS = 60.0
 """A step that seems to take longer was suspended with its machine, which is not training time."""
 STAGES = {"layer1": 256, "layer2": 512, "layer3": 1024, "layer4": FEATURE_SIZE}
@@ -141,13 +140,13 @@ def augment(photos: Tensor, pixels: int) -> Tensor:
 
 
 def recompressed(images: Tensor, share: float) -> Tensor:
-    """Images (B, 3, H, W) in 0..1, on an average `share` of them after saving as a JPEG file of some quality."""
+    """Images (B, 3, H, W) in 0..1, of which on an average `share` have gone through a JPEG file of some quality."""
+    images = images.clone()
     for row in (torch.rand(len(images)) < share).nonzero()[:, 0]:
-        pixels = (images[row] * 255).round().to(torch.uint8).permute(1, 2, 0)
-        buffer = io.BytesIO()
+        pixels = (images[row] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         quality = int(torch.randint(JPEG_QUALITIES[0], JPEG_QUALITIES[1] + 1, ()))
-        Image.fromarray(pixels.cpu().numpy()).save(buffer, "JPEG", quality=quality)
-        images[row] = torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1).to(images) / 255
+        saved = np.array(saved_anew(Image.fromarray(pixels), quality))
+        images[row] = torch.from_numpy(saved).permute(2, 0, 1).to(images) / 255
     return images
 
 
