@@ -3,8 +3,7 @@
 Teacher and student see the same random crop, flip and colour change of a photo, and with some probability the same
 mixture of two (Beyer et al. 2022, "Knowledge distillation: A good teacher is patient and consistent"). The student
 learns the teachers' streams at the end of each stage (Romero et al. 2015, "FitNets: Hints for Thin Deep Nets"), their
-features, pooled and at each place of the grid, their class probabilities, and the words of the photo's captions. With
-`--jpeg` the student alone sees crops that JPEG has damaged, so that a photo saved anew keeps its features.
+features, pooled and at each place of the grid, their class probabilities, and the words of the photo's captions.
 
 The run directory holds all that a continuation needs: run the same command again and it goes on where it stopped.
 """
@@ -37,7 +36,6 @@ from handler.encoder import FEATURE_SIZE, Encoder
 from handler.errors import CaptionError
 from handler.image import normalize
 from scripts.datasets import Example, add_dataset_arguments, dataset_from
-from scripts.features import JPEG_QUALITIES, saved_anew
 from scripts.teachers import FEATURES, STREAMS, MobileNetV2Teacher
 
 STOP_WORDS = frozenset(
@@ -137,17 +135,6 @@ def augment(photos: Tensor, pixels: int) -> Tensor:
     grid = F.affine_grid(theta, [n, 3, pixels, pixels], align_corners=False)
     crops = F.grid_sample(photos, grid, align_corners=False)
     return (crops * uniform(0.75, 1.25, 1, 1, 1) + uniform(-0.08, 0.08, 3, 1, 1)).clamp(0, 1)
-
-
-def recompressed(images: Tensor, share: float) -> Tensor:
-    """Images (B, 3, H, W) in 0..1, of which on an average `share` have gone through a JPEG file of some quality."""
-    images = images.clone()
-    for row in (torch.rand(len(images)) < share).nonzero()[:, 0]:
-        pixels = (images[row] * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-        quality = int(torch.randint(JPEG_QUALITIES[0], JPEG_QUALITIES[1] + 1, ()))
-        saved = np.array(saved_anew(Image.fromarray(pixels), quality))
-        images[row] = torch.from_numpy(saved).permute(2, 0, 1).to(images) / 255
-    return images
 
 
 def resized(images: Tensor, pixels: int) -> Tensor:
@@ -294,7 +281,7 @@ class Distillation:
             images = images * share.view(-1, 1, 1, 1) + images[other] * (1 - share.view(-1, 1, 1, 1))
             words = words * share[:, None] + words[other] * (1 - share[:, None])
         wanted, wanted_classes = self.wanted(images)
-        found, word_logits = self.learn(recompressed(images, self.arguments.jpeg))
+        found, word_logits = self.learn(images)
         to_pooled = self.std[-1] / self.pooled_std
         pooled = found[-1].mean((1, 2))
         log_classes = torch.stack(
@@ -397,7 +384,6 @@ def main() -> None:
     parser.add_argument("--classes", type=float, default=0.1, help="weight of the teachers' class probabilities")
     parser.add_argument("--words", type=float, default=10.0, help="weight of the captions' words")
     parser.add_argument("--mixup", type=float, default=0.0, help="probability that a batch is mixed")
-    parser.add_argument("--jpeg", type=float, default=0.0, help="share of the crops that the student sees damaged by JPEG")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.teacher_pixels = arguments.teacher_pixels or arguments.pixels

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import random
@@ -35,9 +34,6 @@ SHARD = 1024
 BATCH = 32
 MIRRORED = 1
 """The view of a photo that is its mirror image. View 0 is the photo as it is served; from 2 on views are random crops."""
-VIEWS = "1: the photos; 2: and mirrored, in another JPEG quality; more: and random crops of them"
-JPEG_QUALITIES = (50, 95)
-"""Of the views but the first: they are saved as JPEG once more, as photos on their way to a client are."""
 
 
 class Photos(torch.utils.data.Dataset[Tensor]):
@@ -61,28 +57,19 @@ class Photos(torch.utils.data.Dataset[Tensor]):
 def augmented(photo: Image.Image, name: str, view: int) -> Image.Image:
     """The photo as it is (view 0), mirrored (1), or as a random crop of 60 to 100 % of its area, half of them mirrored.
 
-    All but view 0 are saved anew, in some quality. The same name and view give the same picture.
+    The same name and view give the same crop.
     """
     if view == 0:
         return photo
-    chance = random.Random(f"{name} {view}")
     if view == MIRRORED:
-        photo = ImageOps.mirror(photo)
-    else:
-        area, ratio = chance.uniform(0.6, 1), chance.uniform(0.8, 1.25)
-        width, height = min(1.0, (area * ratio) ** 0.5), min(1.0, (area / ratio) ** 0.5)
-        left, top = chance.uniform(0, 1 - width), chance.uniform(0, 1 - height)
-        box = (left * photo.width, top * photo.height, (left + width) * photo.width, (top + height) * photo.height)
-        photo = photo.crop(tuple(round(side) for side in box))  # type: ignore[arg-type]
-        photo = ImageOps.mirror(photo) if chance.random() < 0.5 else photo
-    return saved_anew(photo, chance.randint(*JPEG_QUALITIES))
-
-
-def saved_anew(photo: Image.Image, quality: int) -> Image.Image:
-    """The photo after a way through a JPEG file."""
-    buffer = io.BytesIO()
-    photo.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
+        return ImageOps.mirror(photo)
+    chance = random.Random(f"{name} {view}")
+    area, ratio = chance.uniform(0.6, 1), chance.uniform(0.8, 1.25)
+    width, height = min(1.0, (area * ratio) ** 0.5), min(1.0, (area / ratio) ** 0.5)
+    left, top = chance.uniform(0, 1 - width), chance.uniform(0, 1 - height)
+    box = (left * photo.width, top * photo.height, (left + width) * photo.width, (top + height) * photo.height)
+    photo = photo.crop(tuple(round(side) for side in box))  # type: ignore[arg-type]
+    return ImageOps.mirror(photo) if chance.random() < 0.5 else photo
 
 
 class FeatureCache:
@@ -165,8 +152,6 @@ def default_workers() -> int:
 
 def _key(encoder: Encoder, preprocessing: PreprocessingConfig, paths: Sequence[Path], encoder_digest: str, view: int) -> str:
     digest = hashlib.sha256(f"{encoder_digest} {encoder.config} {preprocessing.model_dump_json()} {view}\n".encode())
-    if view:
-        digest.update(f"{JPEG_QUALITIES}\n".encode())
     for path in paths:
         stat = path.stat()
         digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -186,7 +171,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("runs/features"), help="folder of the cache")
     parser.add_argument("--encoder", type=Path, required=True, help="encoder weights, safetensors")
     parser.add_argument("--size", type=int, default=PreprocessingConfig().size, help="side of the square input in pixels")
-    parser.add_argument("--views", type=int, default=2, help=VIEWS)
+    parser.add_argument("--views", type=int, default=2, help="1: the photos; 2: and mirrored; more: and random crops")
     parser.add_argument("--workers", type=int, default=default_workers())
     arguments = parser.parse_args()
     try:

@@ -29,7 +29,7 @@ from handler.decoder import Decoder
 from handler.encoder import Encoder
 from handler.vocabulary import Vocabulary, tokenize
 from scripts.datasets import Example
-from scripts.features import VIEWS, FeatureCache, Photos, encode
+from scripts.features import FeatureCache, Photos, encode
 from scripts.metrics import CiderReward, plain_tokens, scores
 
 Stage = Literal["captions", "cider"]
@@ -51,7 +51,7 @@ class TrainConfig(Config):
     warm_up: float = Field(default=0.05, ge=0, lt=1, description="share of a stage's steps; then half a cosine down to 0")
     gradient_clip: float = Field(default=1.0, gt=0, description="norm of the gradient at most")
     average: float = Field(default=0.998, ge=0, lt=1, description="decay of the averaged weights, which are what is kept")
-    views: int = Field(default=2, ge=1, description=VIEWS)
+    views: int = Field(default=2, ge=1, description="1: the photos; 2: and mirrored; more: and random crops")
     patience: int = Field(default=4, ge=1, description="epochs without a better CIDEr on dev before a stage ends")
     cider_epochs: int = Field(default=0, ge=0, description="of self-critical training at most, after cross-entropy")
     cider_batch: int = Field(default=64, ge=1, description="photos in a step of self-critical training")

@@ -15,7 +15,7 @@ from handler.checkpoint import load_weights
 from handler.config import EncoderConfig
 from handler.encoder import Encoder
 from scripts.datasets import Example
-from scripts.distill import augment, concept_words, recompressed
+from scripts.distill import augment, concept_words
 from scripts.teachers import FEATURES, MobileNetV2Teacher
 from scripts.toy_dataset import make
 from tests.conftest import ROOT
@@ -43,16 +43,6 @@ def test_crops_are_of_the_size_wanted_and_of_the_photo() -> None:
     assert crops.shape == (8, 3, 32, 32)
     assert (crops[:, 0] > 0.6).all()
     assert (crops[:, 1:] < 0.1).all()
-
-
-def test_a_share_of_the_crops_is_damaged_by_jpeg_and_shows_the_same() -> None:
-    torch.manual_seed(0)
-    crops = torch.rand(64, 3, 32, 32) * torch.linspace(0, 1, 32)
-    damaged = recompressed(crops, 0.5)
-    changed = (damaged != crops).flatten(1).any(1)
-    assert 16 < changed.sum() < 48
-    assert (damaged.mean((2, 3)) - crops.mean((2, 3))).abs().max() < 0.05
-    assert 0 <= damaged.min() <= damaged.max() <= 1
 
 
 def test_a_word_of_two_captions_counts_more_than_a_word_of_one() -> None:

@@ -81,10 +81,11 @@ def test_mixed_traffic_through_updates_and_scaling_loses_nothing_and_leaves_noth
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(client) for _ in range(CLIENTS)]
         try:
+            end = time.monotonic() + SECONDS
+            management.scale("caption", 1)  # as it will be in the end
             time.sleep(min(30, SECONDS / 4))  # caches fill
             memory, files = running.memory(), scorecard.temporary_files(running)
             descriptors = scorecard.open_files(running)
-            end = time.monotonic() + SECONDS * 3 / 4
             versions = itertools.cycle([("1.0", "2.0", "caption-2.0.mar"), ("2.0", "1.0", "caption-1.0.mar")])
             rolled = 0
             while time.monotonic() < end or rolled % 2:

@@ -145,15 +145,18 @@ public class BatchAggregator {
     }
 
     public void pollBatch(String threadName, WorkerState state) throws InterruptedException, ExecutionException {
+        boolean loaded = state == WorkerState.WORKER_MODEL_LOADED;
         BlockingDeque<Job> commands = queue(threadName);
-        if (crowded || state != WorkerState.WORKER_MODEL_LOADED || model.isUseJobTicket() || commands != null && !commands.isEmpty()) {
-            model.pollBatch(threadName, state == WorkerState.WORKER_MODEL_LOADED ? 0 : Long.MAX_VALUE, jobs);
-        } else {
+        boolean commanded = commands != null && !commands.isEmpty();
+        if (loaded && !commanded && !crowded && !model.isUseJobTicket()) {
             takeWhatIsThere(queue(Model.DEFAULT_DATA_QUEUE));
+        } else {
+            model.pollBatch(threadName, loaded ? 0 : Long.MAX_VALUE, jobs);
         }
         crowded = jobs.size() > 1;
     }
 
+    /** The next request, and those that wait behind it, as {@code Model.pollBatch} takes them. */
     private void takeWhatIsThere(BlockingDeque<Job> waiting) throws InterruptedException {
         for (Job job = waiting.take(); job != null; job = jobs.size() < model.getBatchSize() ? waiting.poll() : null) {
             boolean alone = job.getCmd() == WorkerCommands.DESCRIBE;
