@@ -2,10 +2,14 @@ package org.pytorch.serve.wlm;
 
 import java.lang.reflect.Field;
 import java.net.HttpURLConnection;
+import java.util.Collections;
 import java.util.Map;
+import java.util.WeakHashMap;
 import java.util.concurrent.BlockingDeque;
 import java.util.concurrent.ConcurrentHashMap;
 import java.util.concurrent.ExecutionException;
+import java.util.concurrent.TimeUnit;
+import java.util.concurrent.atomic.AtomicInteger;
 import org.pytorch.serve.job.Job;
 import org.pytorch.serve.util.messages.BaseModelRequest;
 import org.pytorch.serve.util.messages.ModelInferenceRequest;
@@ -26,21 +30,28 @@ import org.slf4j.LoggerFactory;
  *
  * <p>Here whoever answers a request or passes it on takes it out of {@code jobs} first, which only one can; and once the
  * worker is to go, whichever thread comes first passes its batch on.
+ *
+ * <p>TorchServe also makes a lone request wait for the whole {@code maxBatchDelay}, and gives one worker several requests
+ * while others have nothing to do. Here a worker takes one request while others are idle, and whatever there is when they
+ * are not; it waits for more only where its last batch had more than one.
  */
 public class BatchAggregator {
 
     private static final Logger logger = LoggerFactory.getLogger(BatchAggregator.class);
+    private static final Map<Model, AtomicInteger> IDLE = Collections.synchronizedMap(new WeakHashMap<>());
 
     protected Model model;
     protected Map<String, Job> jobs;
     private volatile boolean closing;
     private boolean crowded; // was the last batch one of several requests?
+    private AtomicInteger idle; // workers of the model that wait for a request
 
     public BatchAggregator() {}
 
     public BatchAggregator(Model model) {
         this.model = model;
         this.jobs = new ConcurrentHashMap<>();
+        this.idle = IDLE.computeIfAbsent(model, key -> new AtomicInteger());
     }
 
     /** Waits for a batch, or for the command to load the model. */
@@ -148,31 +159,47 @@ public class BatchAggregator {
         boolean loaded = state == WorkerState.WORKER_MODEL_LOADED;
         BlockingDeque<Job> commands = queue(threadName);
         boolean commanded = commands != null && !commands.isEmpty();
-        if (loaded && !commanded && !crowded && !model.isUseJobTicket()) {
-            takeWhatIsThere(queue(Model.DEFAULT_DATA_QUEUE));
+        if (loaded && !commanded && !model.isUseJobTicket()) {
+            pollRequests(queue(Model.DEFAULT_DATA_QUEUE));
         } else {
             model.pollBatch(threadName, loaded ? 0 : Long.MAX_VALUE, jobs);
+        }
+    }
+
+    private void pollRequests(BlockingDeque<Job> waiting) throws InterruptedException {
+        int othersIdle;
+        idle.incrementAndGet();
+        try {
+            addJob(waiting.take());
+        } finally {
+            othersIdle = idle.decrementAndGet();
+        }
+        long end = System.nanoTime() + TimeUnit.MILLISECONDS.toNanos(crowded ? model.getMaxBatchDelay() : 0);
+        int size = othersIdle == 0 && !isDescription() ? model.getBatchSize() : 1;
+        while (jobs.size() < size) {
+            Job job = waiting.poll(end - System.nanoTime(), TimeUnit.NANOSECONDS);
+            if (job == null) {
+                break;
+            }
+            if (job.getCmd() == WorkerCommands.DESCRIBE) { // shares no batch
+                waiting.addFirst(job);
+                break;
+            }
+            if (job.getPayload().getClientExpireTS() > System.currentTimeMillis()) {
+                addJob(job);
+            } else {
+                logger.warn("Drop inference request {} due to client timeout", job.getPayload().getRequestId());
+            }
         }
         crowded = jobs.size() > 1;
     }
 
-    /** The next request, and those that wait behind it, as {@code Model.pollBatch} takes them. */
-    private void takeWhatIsThere(BlockingDeque<Job> waiting) throws InterruptedException {
-        for (Job job = waiting.take(); job != null; job = jobs.size() < model.getBatchSize() ? waiting.poll() : null) {
-            boolean alone = job.getCmd() == WorkerCommands.DESCRIBE;
-            if (alone && !jobs.isEmpty()) {
-                waiting.addFirst(job);
-                return;
-            }
-            if (jobs.isEmpty() || job.getPayload().getClientExpireTS() > System.currentTimeMillis()) {
-                jobs.put(job.getJobId(), job);
-            } else {
-                logger.warn("Drop inference request {} due to client timeout", job.getPayload().getRequestId());
-            }
-            if (alone) {
-                return;
-            }
-        }
+    private void addJob(Job job) {
+        jobs.put(job.getJobId(), job);
+    }
+
+    private boolean isDescription() {
+        return jobs.values().iterator().next().getCmd() == WorkerCommands.DESCRIBE;
     }
 
     /** One of the model's queues, which it keeps to itself: that of its requests, or that of a worker's commands. */
