@@ -17,12 +17,13 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from handler.config import Config, ModelConfig
 from handler.decoder import Decoder
@@ -89,18 +90,28 @@ def load_checkpoint(directory: Path, *, with_encoder: bool = True) -> Checkpoint
     absent = [language.start_token for language in config.languages if language.start_token not in vocabulary.start]
     if absent:
         raise CheckpointError(f"{directory}: the vocabulary has no start token {absent}")
-    with torch.device("meta"):  # no time is spent on random initial weights
+    with torch.device("meta"), _NoInitialWeights():
         decoder = Decoder(config.decoder)
     load_weights(decoder, paths["decoder"])
     encoder = load_encoder(directory) if with_encoder else None
     return Checkpoint(config, vocabulary, encoder, decoder.eval(), manifest.digest)
 
 
+class _NoInitialWeights(TorchFunctionMode):
+    """Modules are made without random weights. On the meta device they would take no time but a second for imports."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def load_encoder(directory: Path) -> Encoder:
     """Read and verify the encoder of a checkpoint. Raises CheckpointError."""
     manifest = read_manifest(directory)
     path = _verified(directory, manifest.files["encoder"])
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialWeights():
         encoder = Encoder(manifest.config.encoder)
     load_weights(encoder, path)
     return encoder.eval()

@@ -169,7 +169,7 @@ from handler.captioner import load_captioner
 from handler.config import ServingConfig
 captioner = load_captioner(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), ServingConfig())
 captioner.warm_up()
-print(sorted(name for name in ("torchvision", "scipy", "matplotlib") if name in sys.modules))
+print(sorted(name for name in ("torchvision", "torch._dynamo", "scipy", "matplotlib") if name in sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", program, saved, exported], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
