@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,20 +166,39 @@ def load_generator() -> str:
 
 def put_load(url: str, *, clients: int, requests_sent: int, rate: float | None = None, pid: int | None = None) -> Load:
     """rate: of all clients together; enough of them make the loop an open one, since a late answer delays its client alone."""
-    count = max(1, requests_sent // clients) * clients
-    command = [load_generator(), "-n", str(count), "-c", str(clients), "-m", "POST", "-T", "image/jpeg", "-D", str(PHOTO)]
-    command += ["-t", "60", "-o", "csv", *(["-q", f"{rate / clients:.6f}"] if rate is not None else []), url]
+    each = max(1, requests_sent // clients)
     used, began = _cpu_seconds(pid), time.monotonic()
+    if rate is None:
+        parts = [_hey(url, clients, each * clients)]
+    else:
+        # The clients of one process would all send at the same moment.
+        interval = clients / rate
+
+        def client(number: int) -> tuple[list[float], float]:
+            time.sleep(number * interval / clients)
+            return _hey(url, 1, each, 1 / interval)
+
+        with ThreadPoolExecutor(clients) as pool:
+            parts = list(pool.map(client, range(clients)))
+    used = None if used is None else (_cpu_seconds(pid) or 0.0) - used
+    cpu = None if used is None else used / (time.monotonic() - began)
+    good = [ms for times, _ in parts for ms in times]
+    if not good:
+        raise BenchmarkError(f"no request to {url} was answered with 200")
+    p50, p90, p99 = (float(value) for value in np.percentile(good, [50, 90, 99]))
+    throughput = sum(len(times) / seconds for times, seconds in parts)
+    return Load(clients, rate, throughput, p50, p90, p99, each * clients - len(good), cpu)
+
+
+def _hey(url: str, clients: int, count: int, rate: float | None = None) -> tuple[list[float], float]:
+    """rate: of each client. The good answers' times in milliseconds, and the seconds that all took."""
+    command = [load_generator(), "-n", str(count), "-c", str(clients), "-m", "POST", "-T", "image/jpeg", "-D", str(PHOTO)]
+    command += ["-t", "60", "-o", "csv", *(["-q", f"{rate:.6f}"] if rate is not None else []), url]
+    began = time.monotonic()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds = time.monotonic() - began
-    used = None if used is None else (_cpu_seconds(pid) or 0.0) - used
-    answers = list(csv.DictReader(io.StringIO(done.stdout)))
-    good = [float(a["response-time"]) * 1e3 for a in answers if a["status-code"] == "200"]
-    if not good:
-        raise BenchmarkError(f"no request to {url} was answered: {done.stdout[-500:]} {done.stderr[-500:]}")
-    p50, p90, p99 = (float(value) for value in np.percentile(good, [50, 90, 99]))
-    cpu = None if used is None else used / seconds
-    return Load(clients, rate, len(good) / seconds, p50, p90, p99, count - len(good), cpu)
+    answers = csv.DictReader(io.StringIO(done.stdout))
+    return [float(a["response-time"]) * 1e3 for a in answers if a["status-code"] == "200"], seconds
 
 
 def _cpu_seconds(pid: int | None) -> float | None:
@@ -243,7 +263,7 @@ def measure_service(server: TorchServe, concurrencies: Sequence[int], seconds: f
     for share in (0.5, 0.8, 1.2):
         wanted = best.throughput * share
         # With 100 clients each is due only so seldom that it has its answer by then, unless the server falls behind.
-        loads.append(put_load(url, clients=100, requests_sent=int(wanted * seconds), rate=wanted, pid=pid))
+        loads.append(put_load(url, clients=100, requests_sent=int(2 * wanted * seconds), rate=wanted, pid=pid))
     return [load.row() for load in loads], best
 
 
