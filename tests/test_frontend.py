@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
 
-from tests.conftest import ROOT
+from scripts.package_mar import package
+from scripts.server import TorchServe, free_settings
+from tests.conftest import ROOT, SAMPLES
 
 FRONTEND = ROOT / "deploy/torchserve/frontend"
 SOURCES = sorted(FRONTEND.rglob("*.java"))
@@ -45,3 +50,29 @@ def test_torchserves_own_classes_have_not_changed() -> None:
         "HttpRequestHandler": (5082, 3771440795),
         "BatchAggregator": (7745, 1560168086),
     }
+
+
+@pytest.mark.server
+def test_two_clients_are_served_by_two_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise a request waits for another to share its batch, and one worker has both while the other has nothing."""
+    model_config = ROOT / "deploy/torchserve/model-config.yaml"
+    package(ROOT / "weights/en", tmp_path / "caption.mar", name="caption", model_config=model_config)
+    monkeypatch.setenv("TS_DEFAULT_WORKERS_PER_MODEL", "2")
+    photo = SAMPLES[0].read_bytes()
+
+    def client(url: str) -> None:
+        for _ in range(50):
+            requests.post(url, data=photo, timeout=60).raise_for_status()
+
+    with TorchServe(free_settings() | {"model_store": str(tmp_path)}) as running:
+        running.wait_until_ready()
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(client, [running.address("inference") + "/predictions/caption"] * 2))
+        running.drain()
+    log = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith('{"time"')]
+    alone = [entry["batch"] == 1 for entry in log]
+    assert len(alone) >= 100
+    print(f"{sum(alone)} of {len(alone)} requests had a worker to themselves")
+    assert sum(alone) > 0.8 * len(alone)
