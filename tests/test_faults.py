@@ -264,7 +264,11 @@ def supervised(folder: Path, output: IO[str] | int) -> Iterator[tuple[subprocess
         try:
             yield process, Service(settings["inference_address"], settings["management_address"])
         finally:
-            process.kill()
+            process.terminate()  # killed, it would leave TorchServe behind
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 @pytest.fixture
