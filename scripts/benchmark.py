@@ -172,11 +172,9 @@ def put_load(url: str, *, clients: int, requests_sent: int, rate: float | None =
         parts = [_hey(url, clients, each * clients)]
     else:
         # The clients of one process would all send at the same moment.
-        interval = clients / rate
-
         def client(number: int) -> tuple[list[float], float]:
-            time.sleep(number * interval / clients)
-            return _hey(url, 1, each, 1 / interval)
+            time.sleep(number / rate)
+            return _hey(url, 1, each, rate / clients)
 
         with ThreadPoolExecutor(clients) as pool:
             parts = list(pool.map(client, range(clients)))
@@ -486,6 +484,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         if not report[title]:
             continue
         parts.append(f"**{title}**\n\n{_table(report[title])}")
+    parts.append(f"**encoder alone: images a second in batches, milliseconds of one**\n\n{_table([report['encoder_alone']])}")
     baselines = [
         {"server": "this service, best", **max(report["service"], key=lambda row: row["throughput"])},
         {"server": "eager fp32, one at a time, TorchServe", **report["eager_behind_torchserve"]},

@@ -45,6 +45,7 @@ public class BatchAggregator {
     private volatile boolean closing;
     private boolean crowded; // was the last batch one of several requests?
     private AtomicInteger idle; // workers of the model that wait for a request
+    private Map<String, BlockingDeque<Job>> queues; // the model's: that of its requests, and each worker's commands
 
     public BatchAggregator() {}
 
@@ -52,6 +53,7 @@ public class BatchAggregator {
         this.model = model;
         this.jobs = new ConcurrentHashMap<>();
         this.idle = IDLE.computeIfAbsent(model, key -> new AtomicInteger());
+        this.queues = queuesOf(model);
     }
 
     /** Waits for a batch, or for the command to load the model. */
@@ -157,10 +159,10 @@ public class BatchAggregator {
 
     public void pollBatch(String threadName, WorkerState state) throws InterruptedException, ExecutionException {
         boolean loaded = state == WorkerState.WORKER_MODEL_LOADED;
-        BlockingDeque<Job> commands = queue(threadName);
+        BlockingDeque<Job> commands = queues.get(threadName);
         boolean commanded = commands != null && !commands.isEmpty();
         if (loaded && !commanded && !model.isUseJobTicket()) {
-            pollRequests(queue(Model.DEFAULT_DATA_QUEUE));
+            pollRequests(queues.get(Model.DEFAULT_DATA_QUEUE));
         } else {
             model.pollBatch(threadName, loaded ? 0 : Long.MAX_VALUE, jobs);
         }
@@ -202,13 +204,13 @@ public class BatchAggregator {
         return jobs.values().iterator().next().getCmd() == WorkerCommands.DESCRIBE;
     }
 
-    /** One of the model's queues, which it keeps to itself: that of its requests, or that of a worker's commands. */
+    /** Which the model keeps to itself. */
     @SuppressWarnings("unchecked")
-    private BlockingDeque<Job> queue(String name) {
+    private static Map<String, BlockingDeque<Job>> queuesOf(Model model) {
         try {
-            Field queues = Model.class.getDeclaredField("jobsDb");
-            queues.setAccessible(true);
-            return ((Map<String, BlockingDeque<Job>>) queues.get(model)).get(name);
+            Field field = Model.class.getDeclaredField("jobsDb");
+            field.setAccessible(true);
+            return (Map<String, BlockingDeque<Job>>) field.get(model);
         } catch (ReflectiveOperationException e) {
             throw new IllegalStateException("Not the Model of TorchServe 0.12.0", e);
         }
