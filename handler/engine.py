@@ -23,14 +23,16 @@ from handler.image import normalize
 
 logger = logging.getLogger(__name__)
 
+Numbers = Literal["float", "int8"]
+"""Of an exported encoder's weights, and the name of the directory that it is in."""
+
 EXPORT_MANIFEST = "engine.json"
 TORCH_DTYPES = {"torch-fp32": torch.float32, "torch-bf16": torch.bfloat16, "torch-fp16": torch.float16}
+OPENVINO_EXPORTS: dict[str, Numbers] = {"openvino-fp32": "float", "openvino-bf16": "float", "openvino-int8": "int8"}
 OPENVINO_PRECISIONS = {"openvino-fp32": "f32", "openvino-bf16": "bf16", "openvino-int8": "bf16"}
 """OpenVINO's own precision; of the int8 file, that of the few layers that are not quantized."""
 _INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 """Instructions that multiply and add int8 without an intermediate that overflows."""
-
-Numbers = Literal["float", "int8"]
 
 
 class Engine(Protocol):
@@ -46,7 +48,6 @@ class Engine(Protocol):
 class ExportManifest(Config):
     """`engine.json`: what an exported encoder was made of, and its files `encoder.xml` and `encoder.bin`."""
 
-    numbers: Numbers
     encoder_sha256: str
     """Of the checkpoint's encoder, without which there would be no telling that the files are of another model."""
     preprocessing: PreprocessingConfig
@@ -89,22 +90,24 @@ def load_engine(
 
     Raises CheckpointError when files in `exported` are damaged.
     """
-    manifest = read_export(exported, encoder_sha256, preprocessing)
     candidates = [wanted, *automatic(device)] if wanted != "auto" else automatic(device)
     obstacles: list[str] = []
     for name in candidates:
-        obstacle = _obstacle(name, manifest, device)
+        numbers = OPENVINO_EXPORTS.get(name)
+        obstacle = _obstacle(name, device)
+        if obstacle is None and numbers and read_export(exported / numbers, encoder_sha256, preprocessing) is None:
+            obstacle = f"the archive was packed without an encoder in {numbers} for OpenVINO (docs/performance.md)"
         if obstacle is not None:
             obstacles.append(f"; not {name}: {obstacle}")
             continue
         level = logging.WARNING if obstacles and wanted != "auto" else logging.INFO
         logger.log(level, "engine %s on %s with %d threads%s", name, device, threads, "".join(obstacles))
-        if name in TORCH_DTYPES:
+        if numbers is None:
             return TorchEngine(load_encoder(), preprocessing, name=name, device=device)
         from handler.openvino_engine import OpenVinoEncoder
 
         return OpenVinoEncoder(
-            exported / "encoder.xml",
+            exported / numbers / "encoder.xml",
             name=name,
             precision=openvino_precision(name),
             threads=threads,
@@ -144,8 +147,8 @@ def openvino_precision(name: str) -> str:
     return OPENVINO_PRECISIONS[name] if has_bfloat16() else "f32"
 
 
-def _obstacle(name: EngineName, manifest: ExportManifest | None, device: torch.device) -> str | None:
-    """Why this engine cannot serve here, or should not."""
+def _obstacle(name: EngineName, device: torch.device) -> str | None:
+    """Why this machine cannot serve by this engine, or should not."""
     if name in TORCH_DTYPES:
         if name == "torch-bf16" and device.type == "cpu" and not _torch_has_bfloat16():
             return "the CPU has no instructions for bfloat16"
@@ -154,10 +157,6 @@ def _obstacle(name: EngineName, manifest: ExportManifest | None, device: torch.d
         return None
     if device.type != "cpu":
         return "OpenVINO is used on CPUs alone"
-    if manifest is None:
-        return "the archive was packed without an exported encoder (docs/performance.md)"
-    if (name == "openvino-int8") != (manifest.numbers == "int8"):
-        return f"the exported encoder is of the kind {manifest.numbers}"
     if importlib.util.find_spec("openvino") is None:
         return "the package openvino is not installed"
     if name == "openvino-int8" and not _INT8_FLAGS & cpu_flags():

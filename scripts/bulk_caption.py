@@ -40,7 +40,7 @@ from handler.errors import CaptionError, InvalidImage
 from handler.machine import available_cpus
 from handler.parameters import Parameters, describe, parse_parameters
 from scripts.caption import BATCH, ROOT, SUFFIXES
-from scripts.export import exported
+from scripts.export import export
 
 SHARD = 128
 """Photos that are done again when a worker dies; also the rows of a file."""
@@ -120,17 +120,17 @@ class ShardCaptioner:
     """Captions a shard and writes its results; Ray makes one in each worker and calls it for each shard."""
 
     def __init__(
-        self, checkpoint: str, parameters: dict[str, Any], output: str, form: str, threads: int, export: str | None = None
+        self, checkpoint: str, parameters: dict[str, Any], output: str, form: str, threads: int, engine: str | None = None
     ) -> None:
-        """export: where this machine has the exported encoder; None: this worker makes one for itself."""
+        """engine: where this machine has the exported encoder; None: this worker makes one for itself."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        engine = {"CAPTION_ENGINE": os.environ.get("CAPTION_ENGINE", "")}  # CAPTION_THREADS is for the service
+        environment = {"CAPTION_ENGINE": os.environ.get("CAPTION_ENGINE", "")}  # CAPTION_THREADS is for the service
         serving = ServingConfig(threads=threads, decoding=DecodingConfig(seconds=DECODING_SECONDS))
         with tempfile.TemporaryDirectory() as folder:
-            directory = Path(export or folder)
-            if not export and device == "cpu":
-                directory = exported(Path(checkpoint), directory)
-            self.captioner = load_captioner(Path(checkpoint), directory, serving, device=device, environment=engine)
+            if not engine and device == "cpu":
+                export(Path(checkpoint), Path(folder))
+            exported = Path(engine or folder)
+            self.captioner = load_captioner(Path(checkpoint), exported, serving, device=device, environment=environment)
         self.parameters = Parameters(**parameters)
         self.store = Store(output)
         self.form = form
@@ -369,7 +369,8 @@ def main() -> None:
         ):
             if not (arguments.address or resources.get("GPU")):
                 # Once for all workers, and for those that replace a killed one.
-                worker["export"] = str(exported(checkpoint, Path(folder)))
+                export(checkpoint, Path(folder))
+                worker["engine"] = folder
             failed = caption_shards(shards, bar, worker=worker, workers=workers, threads=arguments.threads)
     print(
         f"{len(photos)} photos are in {arguments.output}, {len(remaining)} of them new; "

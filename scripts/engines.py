@@ -21,7 +21,7 @@ from handler.config import EngineName, LanguageConfig, ServingConfig
 from handler.errors import CaptionError
 from handler.parameters import parse_parameters
 from scripts.datasets import Example, add_dataset_arguments, dataset_from, of_split
-from scripts.export import NOTHING, export, exporter, int8_directory
+from scripts.export import export
 from scripts.metrics import plain_tokens
 
 REFERENCE: EngineName = "torch-fp32"
@@ -44,13 +44,10 @@ class Agreement:
 
 def captioners(checkpoint: Path, folder: Path, engines: Sequence[EngineName]) -> dict[str, Captioner]:
     """One for each engine that this machine and checkpoint allow; `folder` takes what has to be exported."""
-    exported = folder / "float"
-    if exporter() != NOTHING:
-        export(checkpoint, exported)
+    export(checkpoint, folder)
     found: dict[str, Captioner] = {}
     for name in engines:
-        source = int8_directory(checkpoint) if name == "openvino-int8" else exported
-        captioner = load_captioner(checkpoint, source, ServingConfig(engine=name), environment={})
+        captioner = load_captioner(checkpoint, folder, ServingConfig(engine=name), environment={})
         if captioner.engine.name == name:
             found[name] = captioner
     return found

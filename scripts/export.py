@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from handler.checkpoint import load_encoder, read_manifest, sha256
 from handler.config import PreprocessingConfig
 from handler.encoder import Encoder
-from handler.engine import EXPORT_MANIFEST, ExportManifest, Numbers, read_export
+from handler.engine import EXPORT_MANIFEST, ExportManifest, read_export
 from handler.image import normalize
 
 NOTHING = "none"
@@ -54,29 +55,23 @@ def quantized(checkpoint: Path) -> ExportManifest | None:
     return read_export(int8_directory(checkpoint), manifest.files["encoder"].sha256, manifest.config.preprocessing)
 
 
-def exported(checkpoint: Path, directory: Path) -> Path:
-    """Where an export of the checkpoint's encoder is: the int8 one beside it, or else the float one, written to `directory`.
-
-    Nothing is there when nothing can be exported. Raises CheckpointError.
-    """
-    if quantized(checkpoint) is not None:
-        return int8_directory(checkpoint)
-    if exporter() != NOTHING:
-        export(checkpoint, directory)
-    return directory
-
-
 def export(checkpoint: Path, directory: Path) -> None:
-    """Write the float export of a checkpoint's encoder, the same bytes each time. Raises CheckpointError."""
-    save_export(as_openvino(checkpoint), checkpoint, directory, numbers="float")
+    """Write what OpenVINO serves a checkpoint's encoder from, the same bytes each time. Raises CheckpointError.
+
+    The float export is made, for the CPUs without int8, unless OpenVINO is missing; the int8 one beside the encoder is copied.
+    """
+    if exporter() != NOTHING:
+        preprocessing = read_manifest(checkpoint).config.preprocessing
+        save_export(as_openvino(load_encoder(checkpoint), preprocessing), checkpoint, directory / "float")
+    if quantized(checkpoint) is not None:
+        shutil.copytree(int8_directory(checkpoint), directory / "int8")
 
 
-def as_openvino(checkpoint: Path) -> Any:
+def as_openvino(encoder: Encoder, preprocessing: PreprocessingConfig) -> Any:
     """The encoder with its preprocessing as an openvino.Model: pixels (B, 3, size, size), uint8, to features (B, 2048)."""
     import openvino
 
-    preprocessing = read_manifest(checkpoint).config.preprocessing
-    network = _WithPreprocessing(load_encoder(checkpoint), preprocessing).eval().requires_grad_(False)
+    network = _WithPreprocessing(encoder, preprocessing).eval().requires_grad_(False)
     pixels = torch.zeros(1, 3, preprocessing.size, preprocessing.size, dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: mean and std are constants, and meant to be
@@ -85,7 +80,7 @@ def as_openvino(checkpoint: Path) -> Any:
     return model
 
 
-def save_export(model: Any, checkpoint: Path, directory: Path, *, numbers: Numbers) -> None:
+def save_export(model: Any, checkpoint: Path, directory: Path) -> None:
     """Write `directory`: the model, and of which encoder it is."""
     import openvino
 
@@ -95,10 +90,9 @@ def save_export(model: Any, checkpoint: Path, directory: Path, *, numbers: Numbe
         node.set_friendly_name(f"{node.get_type_name()}_{number}")
     directory.mkdir(parents=True, exist_ok=True)
     # Batch normalization is in the weights by now: rounded to fp16 again, they move log-likelihoods by 0.05.
-    openvino.save_model(model, directory / FILES[0], compress_to_fp16=numbers == "int8")
+    openvino.save_model(model, directory / FILES[0], compress_to_fp16=False)
     manifest = read_manifest(checkpoint)
     about = ExportManifest(
-        numbers=numbers,
         encoder_sha256=manifest.files["encoder"].sha256,
         preprocessing=manifest.config.preprocessing,
         files={name: sha256(directory / name) for name in FILES},

@@ -19,7 +19,7 @@ import yaml
 
 from handler.checkpoint import copy_checkpoint, read_manifest, write_atomically
 from handler.errors import CheckpointError
-from scripts.export import exported, exporter, quantized
+from scripts.export import export, exporter, quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDLER = ROOT / "handler"
@@ -43,9 +43,7 @@ def package(checkpoint: Path, output: Path, *, name: str, model_config: Path) ->
         staged = Path(folder) / "files"
         shutil.copytree(HANDLER, staged / "handler", ignore=shutil.ignore_patterns("__pycache__", ENTRY_POINT))
         copy_checkpoint(checkpoint, staged / "checkpoint")
-        engine = exported(checkpoint, staged / "engine")
-        if engine != staged / "engine":
-            shutil.copytree(engine, staged / "engine")
+        export(checkpoint, staged / "engine")
         subprocess.run(
             [
                 str(Path(sys.executable).with_name("torch-model-archiver")),

@@ -14,7 +14,7 @@ from handler.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from handler.config import ServingConfig
 from handler.engine import cpu_flags
 from scripts import quantize
-from scripts.export import int8_directory
+from scripts.export import export, int8_directory
 from scripts.package_mar import package
 from scripts.quantize import Comparison, QuantizationError, calibration_photos
 from tests.conftest import ROOT, SAMPLES
@@ -34,12 +34,13 @@ def saved(checkpoint: Checkpoint, tmp_path: Path) -> Path:
 def test_int8_is_close_packed_and_served(saved: Path, tmp_path: Path) -> None:
     target = int8_directory(saved)
     quantize.quantize(saved, SAMPLES, target)
+    export(saved, tmp_path / "engine")
     package(saved, tmp_path / "caption.mar", name="caption", model_config=ROOT / "deploy/torchserve/model-config.yaml")
     with zipfile.ZipFile(tmp_path / "caption.mar") as packed:
-        assert '"int8"' in packed.read("engine/engine.json").decode()
-    captioner = load_captioner(saved, target, ServingConfig(threads=1), environment={})
+        assert {"engine/float/encoder.bin", "engine/int8/encoder.bin"} <= set(packed.namelist())
+    captioner = load_captioner(saved, tmp_path / "engine", ServingConfig(threads=1), environment={})
     if not {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"} & cpu_flags():
-        assert captioner.engine.name.startswith("torch")
+        assert captioner.engine.name == "openvino-fp32"
         return
     assert captioner.engine.name == "openvino-int8"
     pixels = torch.stack([captioner.prepare(path.read_bytes()).pixels for path in SAMPLES])
