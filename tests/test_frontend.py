@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
+import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +51,7 @@ def test_torchserves_own_classes_have_not_changed() -> None:
     assert {name: (len(content), zlib.crc32(content)) for name, content in own.items()} == {
         "HttpRequestHandler": (5082, 3771440795),
         "BatchAggregator": (7745, 1560168086),
+        "ZipUtils": (7233, 285945365),
     }
 
 
@@ -76,3 +79,21 @@ def test_two_clients_are_served_by_two_workers(
     assert len(alone) >= 100
     print(f"{sum(alone)} of {len(alone)} requests had a worker to themselves")
     assert sum(alone) > 0.8 * len(alone)
+
+
+@pytest.mark.server
+def test_an_archive_cannot_write_outside_of_its_directory(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "caption.mar", "w") as archive:
+        archive.writestr("MAR-INF/MANIFEST.json", "{}")
+        archive.writestr("../../escaped", "x")
+    with TorchServe(free_settings() | {"model_store": str(tmp_path)}) as running:
+        folder = running.key_file.parent if running.key_file else tmp_path
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(requests.ConnectionError):
+                requests.get(running.address("inference") + "/ping", timeout=5)
+                break
+            time.sleep(0.1)
+        unpacked = [path.name for path in (folder / "models").iterdir()]
+        assert not list(folder.rglob("escaped"))
+    assert unpacked == []  # of what could not be unpacked nothing is left
