@@ -31,7 +31,7 @@ TORCH_DTYPES = {"torch-fp32": torch.float32, "torch-bf16": torch.bfloat16, "torc
 OPENVINO_EXPORTS: dict[str, Numbers] = {"openvino-fp32": "float", "openvino-bf16": "float", "openvino-int8": "int8"}
 OPENVINO_PRECISIONS = {"openvino-fp32": "f32", "openvino-bf16": "bf16", "openvino-int8": "bf16"}
 """OpenVINO's own precision; of the int8 file, that of the few layers that are not quantized."""
-_INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
+INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 """Instructions that multiply and add int8 without an intermediate that overflows."""
 
 
@@ -159,8 +159,8 @@ def _obstacle(name: EngineName, device: torch.device) -> str | None:
         return "OpenVINO is used on CPUs alone"
     if importlib.util.find_spec("openvino") is None:
         return "the package openvino is not installed"
-    if name == "openvino-int8" and not _INT8_FLAGS & cpu_flags():
-        return "the CPU has none of the instructions " + ", ".join(sorted(_INT8_FLAGS))
+    if name == "openvino-int8" and not INT8_FLAGS & cpu_flags():
+        return "the CPU has none of the instructions " + ", ".join(sorted(INT8_FLAGS))
     if name == "openvino-bf16" and openvino_precision(name) != "bf16":
         return "the CPU has no instructions for bfloat16"
     return None

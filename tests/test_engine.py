@@ -13,13 +13,13 @@ import torch
 
 import handler.engine
 from handler.captioner import Captioner, load_captioner
-from handler.checkpoint import Checkpoint, save_checkpoint
+from handler.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from handler.config import EngineName, ServingConfig
 from handler.engine import TorchEngine, cpu_flags
 from handler.errors import CheckpointError
 from handler.parameters import parse_parameters
 from scripts.export import export
-from tests.conftest import SAMPLES
+from tests.conftest import ROOT, SAMPLES
 
 openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -r requirements/serve.txt")
 
@@ -153,6 +153,23 @@ def test_a_damaged_export_is_refused(load: Callable[..., Captioner], exported: P
         file.write(b"damaged")
     with pytest.raises(CheckpointError, match="damaged"):
         load(exported=other)
+
+
+@pytest.mark.parametrize("model", ["en", "zh"])
+def test_the_embedded_models_are_served_in_int8(model: str, tmp_path: Path) -> None:
+    """After a change of the encoder, `scripts.quantize` has to be run again; what it left before is not used."""
+    checkpoint = ROOT / "weights" / model
+    export(checkpoint, tmp_path)
+    served = load_captioner(checkpoint, tmp_path, ServingConfig(threads=2), environment={})
+    if not handler.engine.INT8_FLAGS & cpu_flags():
+        assert served.engine.name == "openvino-fp32"
+        pytest.skip("this CPU has no instructions for int8")
+    assert served.engine.name == "openvino-int8"
+    pixels = torch.stack([served.prepare(path.read_bytes()).pixels for path in SAMPLES])
+    expected = Captioner(load_checkpoint(checkpoint)).encode(pixels)
+    centre = expected.mean(0)
+    error = (served.encode(pixels) - expected).norm() / (expected - centre).norm()
+    assert float(error) < 0.15  # of what tells the photos apart; rounding each weight makes it 0.8
 
 
 def test_the_search_does_without_the_encoder_and_torchvision(saved: Path, exported: Path) -> None:
