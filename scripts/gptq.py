@@ -43,7 +43,8 @@ class Signals(NamedTuple):
         return Signals([layer(x) for x in self.rounded], [layer(x) for x in self.exact])
 
     def plus(self, other: Signals) -> Signals:
-        return Signals(*([a + b for a, b in zip(ours, theirs, strict=True)] for ours, theirs in zip(self, other, strict=True)))
+        rounded = [a + b for a, b in zip(self.rounded, other.rounded, strict=True)]
+        return Signals(rounded, [a + b for a, b in zip(self.exact, other.exact, strict=True)])
 
 
 @torch.inference_mode()
