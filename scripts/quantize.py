@@ -8,6 +8,7 @@ at most 0.5 % of CIDEr on photos with reference captions that were not calibrate
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -29,8 +30,8 @@ from scripts.export import as_openvino, int8_directory, save_export
 from scripts.gptq import rounded_to_int8
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-MOST_TO_ROUND_BY = 160
-"""Photos: more take memory and change little. For the activations' ranges all are looked at."""
+ROUNDED_BY = 160
+"""Photos, or not twice as many: more take memory and change little. For the activations' ranges all are looked at."""
 MAX_LOSS = 0.005
 """Of CIDEr, as a share."""
 
@@ -65,7 +66,7 @@ def quantize(checkpoint: Path, photos: Sequence[Path], directory: Path) -> None:
     captioner = Captioner(load_checkpoint(checkpoint))
     preprocessing = captioner.config.preprocessing
     pixels = torch.stack([captioner.prepare(path.read_bytes()).pixels for path in photos])
-    encoder = rounded_to_int8(load_encoder(checkpoint), normalize(pixels[:MOST_TO_ROUND_BY], preprocessing))
+    encoder = rounded_to_int8(load_encoder(checkpoint), normalize(pixels[:: len(pixels) // ROUNDED_BY or 1], preprocessing))
     model = nncf.quantize(
         as_openvino(encoder, preprocessing),
         nncf.Dataset(list(pixels[:, None].numpy())),
@@ -137,7 +138,7 @@ def run(arguments: argparse.Namespace) -> str:
         shutil.rmtree(target, ignore_errors=True)
         shutil.move(made, target)
     size = sum(file.stat().st_size for file in target.iterdir()) / 2**20
-    return f"{verdict}\n{target}: {size:.0f} MiB. Packed by python -m scripts.package_mar"
+    return f"{verdict}\n{os.path.relpath(target)}: {size:.0f} MiB. Packed by python -m scripts.package_mar"
 
 
 if __name__ == "__main__":
