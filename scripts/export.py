@@ -64,7 +64,7 @@ def export(checkpoint: Path, directory: Path) -> None:
         preprocessing = read_manifest(checkpoint).config.preprocessing
         save_export(as_openvino(load_encoder(checkpoint), preprocessing), checkpoint, directory / "float")
     if quantized(checkpoint) is not None:
-        shutil.copytree(int8_directory(checkpoint), directory / "int8")
+        shutil.copytree(int8_directory(checkpoint), directory / "int8", dirs_exist_ok=True)
 
 
 def as_openvino(encoder: Encoder, preprocessing: PreprocessingConfig) -> Any:

@@ -26,25 +26,25 @@ LEVELS = 127
 """A channel's weights are whole multiples, -127 to 127, of its greatest by 127."""
 DAMPING = 0.01
 """Added to the variance of each input, as a share of their mean: what few photos do not show is not relied on."""
-PLACES = 8_000
-"""Of the calibration photos' grids, that a convolution's inputs are looked at."""
+POSITIONS = 8_000
+"""Of the calibration photos' feature maps, at which a convolution's inputs are looked at."""
 BLOCK = 128
 """Inputs whose errors are passed on together to all after them."""
 BATCH = 16
 
 
-class Signals(NamedTuple):
+class Activations(NamedTuple):
     """The same photos on their way through both networks, in batches (B, C, h, w)."""
 
     rounded: list[Tensor]
     exact: list[Tensor]
 
-    def through(self, layer: Callable[[Tensor], Tensor]) -> Signals:
-        return Signals([layer(x) for x in self.rounded], [layer(x) for x in self.exact])
+    def through(self, layer: Callable[[Tensor], Tensor]) -> Activations:
+        return Activations([layer(x) for x in self.rounded], [layer(x) for x in self.exact])
 
-    def plus(self, other: Signals) -> Signals:
+    def plus(self, other: Activations) -> Activations:
         rounded = [a + b for a, b in zip(self.rounded, other.rounded, strict=True)]
-        return Signals(rounded, [a + b for a, b in zip(self.exact, other.exact, strict=True)])
+        return Activations(rounded, [a + b for a, b in zip(self.exact, other.exact, strict=True)])
 
 
 @torch.inference_mode()
@@ -53,26 +53,26 @@ def rounded_to_int8(encoder: Encoder, images: Tensor) -> Encoder:
 
     images: normalised calibration photos (N, 3, size, size); some hundred.
     """
-    exact = folded(encoder)
+    exact = fused(encoder)
     equalize(exact, images)
     rounded = copy.deepcopy(exact)
     names = [name for name, module in exact.named_modules() if isinstance(module, nn.Conv2d)]
     with tqdm(total=len(names), desc="rounding", unit="convolution", leave=False) as bar:
 
-        def convolve(name: str, signals: Signals) -> Signals:
+        def round_layer(name: str, activations: Activations) -> Activations:
             ours, theirs = (cast(nn.Conv2d, network.get_submodule(name)) for network in (rounded, exact))
-            round_convolution(ours, theirs, signals)
+            round_convolution(ours, theirs, activations)
             bar.update()
-            return Signals([ours(x) for x in signals.rounded], [theirs(x) for x in signals.exact])
+            return Activations([ours(x) for x in activations.rounded], [theirs(x) for x in activations.exact])
 
         batches = list(images.split(BATCH))
-        signals = convolve("conv1", Signals(batches, batches)).through(torch.relu)
-        signals = signals.through(exact.get_submodule("maxpool"))
+        activations = round_layer("conv1", Activations(batches, batches)).through(torch.relu)
+        activations = activations.through(exact.get_submodule("maxpool"))
         for block in blocks(exact):
-            shortcut = convolve(f"{block}.downsample.0", signals) if f"{block}.downsample.0" in names else signals
-            signals = convolve(f"{block}.conv1", signals).through(torch.relu)
-            signals = convolve(f"{block}.conv2", signals).through(torch.relu)
-            signals = convolve(f"{block}.conv3", signals).plus(shortcut).through(torch.relu)
+            shortcut = round_layer(f"{block}.downsample.0", activations) if f"{block}.downsample.0" in names else activations
+            activations = round_layer(f"{block}.conv1", activations).through(torch.relu)
+            activations = round_layer(f"{block}.conv2", activations).through(torch.relu)
+            activations = round_layer(f"{block}.conv3", activations).plus(shortcut).through(torch.relu)
     return rounded
 
 
@@ -81,7 +81,7 @@ def blocks(encoder: Encoder) -> list[str]:
     return [name for name, module in encoder.named_modules() if isinstance(module, models.resnet.Bottleneck)]
 
 
-def folded(encoder: Encoder) -> Encoder:
+def fused(encoder: Encoder) -> Encoder:
     """A copy whose convolutions do what their batch norms did."""
     encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
     pairs = [("", "conv1", "bn1")]
@@ -105,7 +105,7 @@ def equalize(encoder: Encoder, images: Tensor) -> None:
     """
     greatest: dict[nn.Module, Tensor] = {}
 
-    def look(convolution: nn.Module, inputs: tuple[Tensor]) -> None:
+    def record(convolution: nn.Module, inputs: tuple[Tensor]) -> None:
         found = inputs[0].amax((0, 2, 3))
         greatest[convolution] = torch.maximum(greatest.get(convolution, found), found)
 
@@ -114,7 +114,7 @@ def equalize(encoder: Encoder, images: Tensor) -> None:
         for block in blocks(encoder)
         for first in (1, 2)
     ]
-    hooks = [after.register_forward_pre_hook(look) for _, after in pairs]
+    hooks = [after.register_forward_pre_hook(record) for _, after in pairs]
     for batch in images.split(BATCH):
         encoder(batch)
     for hook in hooks:
@@ -127,9 +127,9 @@ def equalize(encoder: Encoder, images: Tensor) -> None:
         after.weight *= scale.view(1, -1, 1, 1)
 
 
-def round_convolution(ours: nn.Conv2d, theirs: nn.Conv2d, signals: Signals) -> None:
+def round_convolution(ours: nn.Conv2d, theirs: nn.Conv2d, activations: Activations) -> None:
     """Round the weights of `ours` in place, for the inputs that it gets, so that it gives what `theirs` gives."""
-    inputs, wanted = _patches(theirs, signals)
+    inputs, wanted = _patches(theirs, activations)
     mean, wanted_mean = inputs.mean(1), wanted.mean(1)
     centred = inputs - mean[:, None]
     weight = gptq(ours.weight.flatten(1), centred @ centred.T / inputs.shape[1])
@@ -166,12 +166,12 @@ def gptq(weight: Tensor, covariance: Tensor) -> Tensor:
     return rounded[:, order.argsort()]
 
 
-def _patches(convolution: nn.Conv2d, signals: Signals) -> tuple[Tensor, Tensor]:
-    """What the convolution is applied to at some places, the same ones, of both networks' signals: (K, PLACES) each."""
+def _patches(convolution: nn.Conv2d, activations: Activations) -> tuple[Tensor, Tensor]:
+    """What the convolution is applied to at some positions, the same in both networks: (K, POSITIONS) each."""
     generator = torch.Generator().manual_seed(0)
-    share = PLACES / sum(len(x) for x in signals.exact)
+    share = POSITIONS / sum(len(x) for x in activations.exact)
     found: tuple[list[Tensor], list[Tensor]] = [], []
-    for batch in zip(*signals, strict=True):
+    for batch in zip(*activations, strict=True):
         one, other = (
             F.unfold(x, cast(int, convolution.kernel_size), padding=cast(int, convolution.padding), stride=convolution.stride)
             for x in batch

@@ -30,7 +30,7 @@ from scripts.export import as_openvino, int8_directory, save_export
 from scripts.gptq import rounded_to_int8
 
 PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-ROUNDED_BY = 160
+ROUNDING_PHOTOS = 160
 """Photos, or not twice as many: more take memory and change little. For the activations' ranges all are looked at."""
 MAX_LOSS = 0.005
 """Of CIDEr, as a share."""
@@ -66,7 +66,9 @@ def quantize(checkpoint: Path, photos: Sequence[Path], directory: Path) -> None:
     captioner = Captioner(load_checkpoint(checkpoint))
     preprocessing = captioner.config.preprocessing
     pixels = torch.stack([captioner.prepare(path.read_bytes()).pixels for path in photos])
-    encoder = rounded_to_int8(load_encoder(checkpoint), normalize(pixels[:: len(pixels) // ROUNDED_BY or 1], preprocessing))
+    encoder = rounded_to_int8(
+        load_encoder(checkpoint), normalize(pixels[:: len(pixels) // ROUNDING_PHOTOS or 1], preprocessing)
+    )
     model = nncf.quantize(
         as_openvino(encoder, preprocessing),
         nncf.Dataset(list(pixels[:, None].numpy())),

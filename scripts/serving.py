@@ -20,7 +20,7 @@ wait for each other. One thread each gives the most captions, but a worker takes
 MOST_THREADS_ALONE = 4
 """More do little for one image."""
 WORKER_MIB = 1350
-"""Memory of a worker: 500 of its own, and 800 of its decoding process while a photo of 50 megapixels is decoded."""
+"""Memory of a worker: 550 of its own at most (in int8 it takes less), and 800 while a photo of 50 megapixels is decoded."""
 WORKERS_A_GPU = 2
 """So that one decodes and searches while the other's encoder runs."""
 

@@ -87,7 +87,8 @@ def test_an_archive_cannot_write_outside_of_its_directory(tmp_path: Path) -> Non
         archive.writestr("MAR-INF/MANIFEST.json", "{}")
         archive.writestr("../../escaped", "x")
     with TorchServe(free_settings() | {"model_store": str(tmp_path)}) as running:
-        folder = running.key_file.parent if running.key_file else tmp_path
+        assert running.key_file is not None
+        folder = running.key_file.parent  # where it unpacks
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with contextlib.suppress(requests.ConnectionError):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from handler.checkpoint import Checkpoint
 from handler.config import EncoderConfig
 from handler.encoder import Encoder
-from scripts.gptq import LEVELS, blocks, equalize, folded, gptq, rounded_to_int8
+from scripts.gptq import LEVELS, blocks, equalize, fused, gptq, rounded_to_int8
 
 
 def nearest(weight: Tensor) -> Tensor:
@@ -61,11 +61,11 @@ def test_rounding_is_near_the_best_that_there_is() -> None:
     assert float(found.sum()) < float(plain.sum())
 
 
-def test_folding_and_equalizing_change_no_feature(checkpoint: Checkpoint) -> None:
+def test_fusing_and_equalizing_change_no_feature(checkpoint: Checkpoint) -> None:
     assert checkpoint.encoder is not None
     images = torch.randn(4, 3, 64, 64)
     with torch.inference_mode():
-        encoder = folded(checkpoint.encoder)
+        encoder = fused(checkpoint.encoder)
         equalize(encoder, images)
         expected = checkpoint.encoder(images)
         torch.testing.assert_close(encoder(images), expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
@@ -84,7 +84,7 @@ def test_an_encoder_with_a_few_large_weights_keeps_its_features(architecture: st
             channels = torch.arange(len(weight))
             weight[channels, channels, 1, 1] *= 40
         expected = encoder(images)
-        plain = folded(encoder)
+        plain = fused(encoder)
         for module in plain.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.copy_(nearest(module.weight))

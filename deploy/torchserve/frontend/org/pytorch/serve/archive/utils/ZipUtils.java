@@ -6,6 +6,7 @@ import java.io.IOException;
 import java.io.InputStream;
 import java.nio.file.Files;
 import java.nio.file.Path;
+import java.nio.file.StandardCopyOption;
 import java.util.UUID;
 import java.util.zip.ZipEntry;
 import java.util.zip.ZipInputStream;
@@ -18,8 +19,8 @@ import org.apache.commons.io.FileUtils;
  * Unpacks model archives, as TorchServe 0.12.0 needs it. This class stands in for the one of the same name in its jar.
  *
  * <p>TorchServe computes the SHA-256 of the whole archive meanwhile and does nothing with it; with Java's quick compiler
- * that took three times as long as the unpacking, and every start and every new model version waits for it. An archive that
- * cannot be unpacked left what there was of it in the temporary directory.
+ * that took far longer than the unpacking, and every start and every new model version waited for it. An archive that
+ * could not be unpacked left what there was of it in the temporary directory.
  */
 public final class ZipUtils {
 
@@ -80,7 +81,7 @@ public final class ZipUtils {
         }
         Files.createDirectories(isDirectory ? target : target.getParent());
         if (!isDirectory) {
-            Files.copy(content, target);
+            Files.copy(content, target, StandardCopyOption.REPLACE_EXISTING);
         }
     }
 }
