@@ -188,6 +188,8 @@ def load_captioner(
     serving = ServingConfig.model_validate(serving.model_dump() | wanted)
     threads = serving.threads or available_cpus()
     torch.set_num_threads(threads)
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)  # or each worker would take memory of the first GPU too
     manifest = read_manifest(checkpoint)
     engine = load_engine(
         manifest.config.engine if serving.engine == "auto" else serving.engine,
@@ -215,7 +217,12 @@ def _expander(checkpoint: Checkpoint, forbidden: Sequence[int], engine: Engine, 
 
         folded = fold(checkpoint.decoder, forbidden)
         return OpenVinoExpander(folded, precision=openvino_precision(engine.name), threads=threads)
-    return TorchExpander(fold(checkpoint.decoder.to(engine.device), forbidden))
+    folded = fold(checkpoint.decoder.to(engine.device), forbidden)
+    if engine.device.type == "cuda":
+        from handler.cuda_graphs import RecordedExpander
+
+        return RecordedExpander(folded)
+    return TorchExpander(folded)
 
 
 def _milliseconds_since(began: float) -> float:

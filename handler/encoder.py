@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from typing import cast
+
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from handler.config import EncoderConfig
 
@@ -37,6 +41,29 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) to pooled features (B, 2048)."""
         return self.feature_map(images).mean((2, 3))
+
+
+def blocks(encoder: Encoder) -> list[str]:
+    """The names of the residual blocks, in the order of computation."""
+    from handler.torchvision_models import models
+
+    return [name for name, module in encoder.named_modules() if isinstance(module, models.resnet.Bottleneck)]
+
+
+def fused(encoder: Encoder) -> Encoder:
+    """A copy whose convolutions do what their batch norms did."""
+    encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
+    pairs = [("", "conv1", "bn1")]
+    for block in blocks(encoder):
+        pairs += [(block, f"conv{n}", f"bn{n}") for n in (1, 2, 3)]
+        if encoder.get_submodule(block).downsample is not None:
+            pairs.append((f"{block}.downsample", "0", "1"))
+    for place, convolution, norm in pairs:
+        module = encoder.get_submodule(place)
+        parts = module.get_submodule(convolution), module.get_submodule(norm)
+        setattr(module, convolution, fuse_conv_bn_eval(*cast(tuple[nn.Conv2d, nn.BatchNorm2d], parts)))
+        setattr(module, norm, nn.Identity())
+    return encoder
 
 
 def _as_in_caffe(resnet: nn.Module) -> None:

@@ -138,16 +138,20 @@ class TorchExpander:
     def expand(
         self, state: FoldedState, rows: np.ndarray, tokens: np.ndarray, width: int
     ) -> tuple[np.ndarray, np.ndarray, FoldedState]:
-        folded, device = self._folded, state.cell.device
         # One copy to the device, not two.
-        row, token = torch.from_numpy(np.stack([rows, tokens])).to(device)
+        row, token = torch.from_numpy(np.stack([rows, tokens])).to(state.cell.device)
+        gains, words, state = self.step(state, row, token, width)
+        return gains.cpu().numpy(), words.cpu().numpy(), state
+
+    def step(self, state: FoldedState, row: Tensor, token: Tensor, width: int) -> tuple[Tensor, Tensor, FoldedState]:
+        """`expand` in tensors on the weights' device."""
+        folded = self._folded
         hidden, cell = _lstm(state.recurrent[row] + folded.table[token], state.cell[row])
         recurrent, logits = torch.addmm(folded.product_bias, hidden, self._product).split(
             [folded.table.shape[1], folded.table.shape[0]], dim=1
         )
         best, words = (logits + folded.mask).topk(min(width, len(folded.mask)), dim=1)
-        gains = best - logits.logsumexp(dim=1, keepdim=True)
-        return gains.cpu().numpy(), words.cpu().numpy(), FoldedState(recurrent, cell)
+        return best - logits.logsumexp(dim=1, keepdim=True), words, FoldedState(recurrent, cell)
 
 
 def _lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from handler.config import PreprocessingConfig
 from handler.decoding import FORMATS, Photo, decode, fitted, smallest_useful_side
 
-__all__ = ["FORMATS", "Photo", "decode", "normalize", "pixels", "smallest_useful_side"]
+__all__ = ["FORMATS", "Photo", "decode", "mean_and_std", "normalize", "pixels", "smallest_useful_side"]
 
 
 def pixels(photo: Image.Image, config: PreprocessingConfig) -> Tensor:
@@ -22,9 +22,18 @@ def pixels(photo: Image.Image, config: PreprocessingConfig) -> Tensor:
     return torch.from_numpy(np.array(fitted(photo, config), dtype=np.uint8)).permute(2, 0, 1)
 
 
-def normalize(images: Tensor, config: PreprocessingConfig) -> Tensor:
-    """Pixels (B, 3, H, W) in 0..255, RGB, any dtype, to the encoder's float32 input (B, 3, H, W)."""
+def normalize(images: Tensor, config: PreprocessingConfig, constants: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Pixels (B, 3, H, W) in 0..255, RGB, any dtype, to the encoder's float32 input (B, 3, H, W).
+
+    constants: `mean_and_std`, for who cannot make them anew each time.
+    """
     if config.channel_order == "BGR":
         images = images.flip(1)
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (config.mean, config.std))
+    mean, std = constants or mean_and_std(config, images.device)
     return (images * config.scale - mean) / std
+
+
+def mean_and_std(config: PreprocessingConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(1, 3, 1, 1) each."""
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (config.mean, config.std))
+    return mean, std

@@ -34,8 +34,9 @@ import yaml
 
 from handler.beam_search import Search, search
 from handler.captioner import Captioner
-from handler.checkpoint import load_checkpoint
-from handler.expansion import Expander, PlainExpander
+from handler.checkpoint import load_checkpoint, load_encoder
+from handler.engine import TorchEngine, automatic
+from handler.expansion import Expander, PlainExpander, TorchExpander, fold
 from handler.machine import available_cpus
 from scripts.engines import ENGINES, captioners
 from scripts.export import exporter
@@ -46,6 +47,8 @@ from scripts.serving import plan
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_CONFIG = ROOT / "deploy/torchserve/model-config.yaml"
 PHOTO = ROOT / "samples/cat.jpg"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where models run, in this process and in the servers."""
 Rows = list[dict[str, Any]]
 
 
@@ -112,10 +115,12 @@ def measure_search(
     loaded = load_checkpoint(checkpoint, with_encoder=False)
     photos = [captioner.prepare(path.read_bytes()).pixels for path in sorted((ROOT / "samples").glob("*.jpg"))]
     features = captioner.encode(torch.stack(photos))
-    expanders: dict[str, Expander[Any]] = {
-        "plain": PlainExpander(loaded.decoder, captioner.forbidden),
-        captioner.engine.name.split("-")[0]: captioner.expander,
-    }
+    decoder = loaded.decoder.to(features.device)
+    expanders: dict[str, Expander[Any]] = {"plain": PlainExpander(decoder, captioner.forbidden)}
+    if features.is_cuda:
+        expanders |= {"folded": TorchExpander(fold(decoder, captioner.forbidden)), "CUDA graph": captioner.expander}
+    else:
+        expanders |= {captioner.engine.name.split("-")[0]: captioner.expander}
     settings, vocabulary = loaded.config.search, loaded.vocabulary
     start = vocabulary.index[loaded.config.languages[0].start_token]
     rows = []
@@ -213,6 +218,10 @@ def memory_of_workers(pid: int) -> list[float]:
     return [p.memory_full_info().pss / 2**20 for p in workers]
 
 
+def free_gpu_mib() -> float:
+    return torch.cuda.mem_get_info()[0] / 2**20 if DEVICE == "cuda" else 0.0
+
+
 # Servers
 
 
@@ -268,26 +277,29 @@ def measure_service(server: TorchServe, concurrencies: Sequence[int], seconds: f
 def _plans() -> list[tuple[int, int]]:
     """Workers and threads of each to compare with the plan, by the CPUs that there are."""
     cpus = available_cpus()
+    if DEVICE == "cuda":
+        return [(workers, max(1, cpus // workers)) for workers in (1, 2, 4, 8, 16) if workers <= cpus]
     return [(1, cpus), (cpus, 1), (2, cpus), (3, cpus)]
 
 
 def measure_plan(archive: Path, workers: int, threads: int, seconds: float) -> dict[str, Any]:
-    """One client alone, and 16 at once, with so many workers and threads of each."""
+    """One client alone, and many at once, with so many workers and threads of each."""
     environment = {"TS_DEFAULT_WORKERS_PER_MODEL": str(workers), "CAPTION_THREADS": str(threads)}
+    clients, free = 128 if DEVICE == "cuda" else 16, free_gpu_mib()
     with served(archive, environment) as server:
         url = url_of(server)
-        rate = put_load(url, clients=16, requests_sent=200).throughput
-        many = put_load(url, clients=16, requests_sent=int(rate * seconds))
+        rate = put_load(url, clients=clients, requests_sent=200 * workers).throughput
+        many = put_load(url, clients=clients, requests_sent=int(rate * seconds))
         alone = put_load(url, clients=1, requests_sent=100)
-        memory = sum(memory_of_workers(server.pid or 0))
-    return {
-        "workers": workers,
-        "threads": threads,
-        "throughput": many.throughput,
-        "p99": many.p99,
-        "lone_p50": alone.p50,
-        "memory_mib": memory,
-    }
+        found = {
+            "workers": workers,
+            "threads": threads,
+            "throughput": many.throughput,
+            "p99": many.p99,
+            "lone_p50": alone.p50,
+            "memory_mib": sum(memory_of_workers(server.pid or 0)),
+        }
+        return found | ({"gpu_memory_mib": free - free_gpu_mib()} if DEVICE == "cuda" else {})
 
 
 def measure_scaling(archive: Path, seconds: float) -> dict[str, Any]:
@@ -392,8 +404,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     load_generator()
     with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
         folder = Path(name)
-        loaded = captioners(arguments.checkpoint, folder, ("torch-fp32", "openvino-bf16") if quick else ENGINES)
-        serving = loaded[_serving_name(loaded)]
+        engines = ("torch-fp32", "openvino-bf16") if quick and DEVICE == "cpu" else ENGINES[DEVICE]
+        loaded = captioners(arguments.checkpoint, folder, engines, DEVICE)
+        serving = next(loaded[name] for name in automatic(torch.device(DEVICE)) if name in loaded)
+        if DEVICE == "cuda":
+            loaded["torch-fp16 without a graph"] = _without_graph(arguments.checkpoint)
         report: dict[str, Any] = {
             "machine": _machine(),
             "engine": serving.engine.name,
@@ -417,7 +432,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             report["cold_start_of_other"] = measure_cold_start(checkout.resolve(), other.resolve(), 1 if quick else 2)
 
         with served(archive, {}) as server:
-            rows, best = measure_service(server, (1, 2) if quick else (1, 2, 4, 8, 16, 32), seconds)
+            concurrencies = (1, 2) if quick else (1, 2, 4, 8, 16, 32, *((64, 128) if DEVICE == "cuda" else ()))
+            rows, best = measure_service(server, concurrencies, seconds)
             beam_1 = put_load(
                 url_of(server).replace("/predictions/caption", "/models/caption/invoke?beam_size=1"),
                 clients=best.clients,
@@ -449,10 +465,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _serving_name(captioners: Mapping[str, Captioner]) -> str:
-    """The engine that `auto` takes."""
-    order = ("openvino-int8", "openvino-bf16", "openvino-fp32", "torch-bf16", "torch-fp32")
-    return next(name for name in order if name in captioners)
+def _without_graph(checkpoint: Path) -> Captioner:
+    loaded = load_checkpoint(checkpoint, with_encoder=False)
+    engine = TorchEngine(load_encoder(checkpoint), loaded.config.preprocessing, name="torch-fp16", device=torch.device(DEVICE))
+    return Captioner(loaded, engine=engine)
 
 
 def _machine() -> dict[str, Any]:
@@ -464,6 +480,7 @@ def _machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "exporter": exporter(),
+        "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None,
     }
 
 
@@ -479,7 +496,9 @@ def _cpuinfo() -> list[str]:
 
 def as_markdown(report: Mapping[str, Any]) -> str:
     machine = report["machine"]
-    parts = [f"{machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB; engine {report['engine']}"]
+    parts = [
+        f"{machine['gpu'] or machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_gib']} GiB; engine {report['engine']}"
+    ]
     for title in ("encoder", "search", "decoding", "service", "plans"):
         if not report[title]:
             continue

@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +36,7 @@ from handler.config import EncoderConfig, PreprocessingConfig
 from handler.encoder import FEATURE_SIZE, Encoder
 from handler.errors import CaptionError
 from handler.image import normalize
+from handler.machine import available_cpus
 from scripts.datasets import Example, add_dataset_arguments, dataset_from
 from scripts.teachers import FEATURES, STREAMS, MobileNetV2Teacher
 
@@ -97,9 +99,14 @@ def cache_photos(examples: list[Example], size: int, path: Path) -> np.ndarray:
     if not path.exists():
         part = path.with_suffix(".part.npy")
         photos = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
-        for row, example in enumerate(tqdm(examples, desc="photos", unit="photo")):
-            with Image.open(example.path) as image:
+
+        def read(row: int) -> None:
+            with Image.open(examples[row].path) as image:
                 photos[row] = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            for _ in tqdm(pool.map(read, range(len(examples))), total=len(examples), desc="photos", unit="photo"):
+                pass
         photos.flush()
         part.rename(path)
     photos = np.load(path, mmap_mode="r")
@@ -108,9 +115,11 @@ def cache_photos(examples: list[Example], size: int, path: Path) -> np.ndarray:
     return photos
 
 
-def read_photos(photos: np.ndarray, rows: Tensor) -> Tensor:
-    """Rows (B,), in ascending order, of cached photos to images (B, 3, S, S) in 0..1."""
-    return torch.from_numpy(photos[rows.sort().values.numpy()]).permute(0, 3, 1, 2).float() / 255
+def read_photos(photos: np.ndarray | Tensor, rows: Tensor) -> Tensor:
+    """Rows (B,), in ascending order, of cached photos to images (B, 3, S, S) in 0..1, on the photos' device."""
+    rows = rows.sort().values
+    read = photos[rows.to(photos.device)] if isinstance(photos, Tensor) else torch.from_numpy(photos[rows.numpy()])
+    return read.permute(0, 3, 1, 2).float() / 255
 
 
 def prepare(images: Tensor) -> Tensor:
@@ -138,6 +147,8 @@ def augment(photos: Tensor, pixels: int) -> Tensor:
 
 
 def resized(images: Tensor, pixels: int) -> Tensor:
+    if images.shape[-2:] == (pixels, pixels):
+        return images
     return F.interpolate(images, (pixels, pixels), mode="bilinear", antialias=True, align_corners=False)
 
 
@@ -153,12 +164,17 @@ class Distillation:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
             torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
         examples = dataset_from(arguments)
         held_out = [e for e in examples if e.split == "dev"]
         examples = [e for e in examples if e.split not in ("dev", "test")] + held_out
         self.held_out, self.train = len(held_out), len(examples) - len(held_out)
         self.words, self.targets = concept_words(examples)
-        self.photos = cache_photos(examples, arguments.photo_size, self.run / f"photos-{arguments.photo_size}.npy")
+        self.photos: np.ndarray | Tensor = cache_photos(
+            examples, arguments.photo_size, self.run / f"photos-{arguments.photo_size}.npy"
+        )
+        if self.device == "cuda" and self.photos.nbytes < torch.cuda.mem_get_info()[0] // 2:
+            self.photos = torch.from_numpy(np.array(self.photos)).to(self.device)
         self.teachers = [_on(self.device, MobileNetV2Teacher(path)) for path in arguments.teacher]
         torch.manual_seed(arguments.seed)
         student = Student(len(self.teachers), len(self.words))
@@ -179,6 +195,7 @@ class Distillation:
             [{"params": matrices, "weight_decay": 0.03}, {"params": vectors, "weight_decay": 0.0}],
             lr=arguments.learning_rate,
             betas=(0.9, 0.99),
+            fused=self.device == "cuda",
         )
         self.steps, self.seconds = 0, 0.0
         state_path = self.run / "state.pt"

@@ -25,7 +25,11 @@ from scripts.export import export
 from scripts.metrics import plain_tokens
 
 REFERENCE: EngineName = "torch-fp32"
-ENGINES: tuple[EngineName, ...] = (REFERENCE, "torch-bf16", "openvino-fp32", "openvino-bf16", "openvino-int8")
+ENGINES: dict[str, tuple[EngineName, ...]] = {
+    "cpu": (REFERENCE, "torch-bf16", "openvino-fp32", "openvino-bf16", "openvino-int8"),
+    "cuda": (REFERENCE, "torch-bf16", "torch-fp16"),
+}
+"""By kind of device."""
 BATCH = 8
 
 
@@ -42,12 +46,13 @@ class Agreement:
     cider: float
 
 
-def captioners(checkpoint: Path, folder: Path, engines: Sequence[EngineName]) -> dict[str, Captioner]:
+def captioners(checkpoint: Path, folder: Path, engines: Sequence[EngineName], device: str = "cpu") -> dict[str, Captioner]:
     """One for each engine that this machine and checkpoint allow; `folder` takes what has to be exported."""
-    export(checkpoint, folder)
+    if device == "cpu":
+        export(checkpoint, folder)
     found: dict[str, Captioner] = {}
     for name in engines:
-        captioner = load_captioner(checkpoint, folder, ServingConfig(engine=name), environment={})
+        captioner = load_captioner(checkpoint, folder, ServingConfig(engine=name), device=device, environment={})
         if captioner.engine.name == name:
             found[name] = captioner
     return found
@@ -102,9 +107,12 @@ def main() -> None:
     try:
         examples = of_split(dataset_from(arguments), arguments.on)[: arguments.photos]
         with tempfile.TemporaryDirectory(prefix="engines-") as folder:
-            loaded = captioners(arguments.checkpoint, Path(folder), ENGINES)
-            for missing in sorted(set(ENGINES) - set(loaded)):
+            loaded = captioners(arguments.checkpoint, Path(folder), ENGINES["cpu"])
+            for missing in sorted(set(ENGINES["cpu"]) - set(loaded)):
                 print(f"{missing} does not work here, or was not made", file=sys.stderr)
+            if torch.cuda.is_available():
+                on_gpu = captioners(arguments.checkpoint, Path(folder), ENGINES["cuda"], "cuda")
+                loaded |= {f"{name} on {torch.cuda.get_device_name()}": captioner for name, captioner in on_gpu.items()}
             print(as_markdown(compare(loaded, examples)))
     except CaptionError as error:
         sys.exit(f"error: {error}")

@@ -24,7 +24,7 @@ class _Quiet(WSGIRequestHandler):
 
 def main() -> None:
     checkpoint = load_checkpoint(Path(sys.argv[1]))
-    captioner = Captioner(checkpoint)
+    captioner = Captioner(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
     vocabulary, settings = checkpoint.vocabulary, checkpoint.config.search
     start = vocabulary.index[checkpoint.config.languages[0].start_token]
     search = Search(start, 5, settings.max_length, settings.length_penalty)

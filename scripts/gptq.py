@@ -16,11 +16,9 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from handler.encoder import Encoder
-from handler.torchvision_models import models
+from handler.encoder import Encoder, blocks, fused
 
 LEVELS = 127
 """A channel's weights are whole multiples, -127 to 127, of its greatest by 127."""
@@ -74,27 +72,6 @@ def rounded_to_int8(encoder: Encoder, images: Tensor) -> Encoder:
             activations = round_layer(f"{block}.conv2", activations).through(torch.relu)
             activations = round_layer(f"{block}.conv3", activations).plus(shortcut).through(torch.relu)
     return rounded
-
-
-def blocks(encoder: Encoder) -> list[str]:
-    """The names of the residual blocks, in the order of computation."""
-    return [name for name, module in encoder.named_modules() if isinstance(module, models.resnet.Bottleneck)]
-
-
-def fused(encoder: Encoder) -> Encoder:
-    """A copy whose convolutions do what their batch norms did."""
-    encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
-    pairs = [("", "conv1", "bn1")]
-    for block in blocks(encoder):
-        pairs += [(block, f"conv{n}", f"bn{n}") for n in (1, 2, 3)]
-        if encoder.get_submodule(block).downsample is not None:
-            pairs.append((f"{block}.downsample", "0", "1"))
-    for place, convolution, norm in pairs:
-        module = encoder.get_submodule(place)
-        parts = module.get_submodule(convolution), module.get_submodule(norm)
-        setattr(module, convolution, fuse_conv_bn_eval(*cast(tuple[nn.Conv2d, nn.BatchNorm2d], parts)))
-        setattr(module, norm, nn.Identity())
-    return encoder
 
 
 def equalize(encoder: Encoder, images: Tensor) -> None:

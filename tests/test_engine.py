@@ -15,6 +15,7 @@ import handler.engine
 from handler.captioner import Captioner, load_captioner
 from handler.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from handler.config import EngineName, ServingConfig
+from handler.cuda_graphs import RecordedEncoder
 from handler.engine import TorchEngine, cpu_flags
 from handler.errors import CheckpointError
 from handler.parameters import parse_parameters
@@ -62,6 +63,19 @@ def test_a_photo_that_comes_alone_gets_the_same_features(saved: Path, exported: 
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-4 * float(together.abs().max()))
     engine: Any = captioner.engine
     assert engine._alone is not engine._request
+
+
+@pytest.mark.parametrize("count", [1, 3, 16, 17])
+def test_recorded_for_other_numbers_of_images_the_encoder_computes_the_same(
+    load: Callable[..., Captioner], pixels: torch.Tensor, count: int
+) -> None:
+    """Padding, and parts of what is too much at once; the recording itself needs a GPU."""
+    plain = load("torch-fp32").engine
+    recorded = RecordedEncoder(plain.encode, pixels.shape[-1], torch.device("cpu"))
+    images = pixels[torch.arange(count) % len(pixels)]
+    first = recorded.encode(images)
+    recorded.encode(images.flip(0))  # goes to the same place
+    torch.testing.assert_close(first, plain.encode(images), rtol=1e-4, atol=1e-4)
 
 
 def test_fp32_engines_compute_the_same(load: Callable[..., Captioner], pixels: torch.Tensor) -> None:
@@ -191,16 +205,3 @@ print(sorted(name for name in ("torchvision", "torch._dynamo", "scipy", "matplot
 
 def test_flags_are_the_cpus_own() -> None:
     assert all(flag == flag.strip() and flag for flag in cpu_flags())
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_captions_as_the_cpu_does(saved: Path, exported: Path, load: Callable[..., Captioner]) -> None:
-    gpu = load_captioner(saved, exported, ServingConfig(engine="torch-fp32"), device="cuda:0", environment={})
-    half = load_captioner(saved, exported, ServingConfig(), device="cuda:0", environment={})
-    assert half.engine.name == "torch-fp16"
-    cpu = load("torch-fp32")
-    images = [cpu.prepare(path.read_bytes()) for path in SAMPLES]
-    wanted = [parse_parameters({}, cpu.config)] * len(images)
-    for one, other in zip(cpu.caption(images, wanted), gpu.caption(images, wanted), strict=True):
-        assert one.captions[0].caption == other.captions[0].caption
-    assert len(half.caption(images, wanted)) == len(images)

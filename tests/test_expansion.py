@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from handler.beam_search import Search, search
+from handler.cuda_graphs import RecordedExpander
 from handler.expansion import Expander, PlainExpander, TorchExpander, fold
 from tests.test_beam_search import END, FORBIDDEN, START, random_decoder
 
@@ -27,6 +28,7 @@ def by_openvino(precision: str = "f32") -> Expander[Any]:
 
 FOLDED: dict[str, Callable[[], Expander[Any]]] = {
     "torch": lambda: TorchExpander(fold(DECODER, FORBIDDEN)),
+    "recorded": lambda: RecordedExpander(fold(DECODER, FORBIDDEN)),
     "openvino": by_openvino,
 }
 
@@ -44,6 +46,7 @@ def features(count: int, seed: int) -> torch.Tensor:
     st.lists(st.tuples(st.integers(1, 10), st.integers(1, 12), st.sampled_from([0.0, 0.75, 2.0])), min_size=1, max_size=6),
     st.integers(0, 100),
 )
+@example([(10, 12, 0.75)] * 20, 0)  # more captions than one step is recorded for, and fewer again
 @settings(max_examples=40)
 def test_the_same_captions_as_the_plain_search(folded: Expander[Any], wanted: list[tuple[int, int, float]], seed: int) -> None:
     searches = [Search(START, *values) for values in wanted]

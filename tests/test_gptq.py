@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from handler.checkpoint import Checkpoint
 from handler.config import EncoderConfig
-from handler.encoder import Encoder
-from scripts.gptq import LEVELS, blocks, equalize, fused, gptq, rounded_to_int8
+from handler.encoder import Encoder, blocks, fused
+from scripts.gptq import LEVELS, equalize, gptq, rounded_to_int8
 
 
 def nearest(weight: Tensor) -> Tensor:
