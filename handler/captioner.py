@@ -189,7 +189,7 @@ def load_captioner(
     threads = serving.threads or available_cpus()
     torch.set_num_threads(threads)
     if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)  # or each worker would take memory of the first GPU too
+        torch.cuda.set_device(torch.device(device).index or 0)  # or each worker would take memory of the first GPU too
     manifest = read_manifest(checkpoint)
     engine = load_engine(
         manifest.config.engine if serving.engine == "auto" else serving.engine,
