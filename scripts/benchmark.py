@@ -396,7 +396,8 @@ def _first_caption(root: Path, archive: Path) -> float:
 # The whole run
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """save: called with the report after each part, so that a run that is cut short has not measured for nothing."""
     quick: bool = arguments.quick
     seconds = 0.3 if quick else arguments.seconds
     part_seconds = 0.02 if quick else 0.5
@@ -418,6 +419,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "search": measure_search(serving, arguments.checkpoint, (1, 5), batches, part_seconds),
         }
         report["encoder_alone"] = measure_encoder_alone(serving, batches[-1], seconds)
+        save(report)
         del loaded, serving
 
         archive, single = folder / "store/caption.mar", folder / "single/caption.mar"
@@ -439,9 +441,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 clients=best.clients,
                 requests_sent=int(best.throughput * seconds),
             )
-            memory = memory_of_workers(server.pid or 0)
+            report |= {"service": rows, "worker_memory_mib": memory_of_workers(server.pid or 0), "plans": []}
+            save(report)
         lone = rows[0]
-        report["plans"] = [measure_plan(archive, *shape, seconds) for shape in (_plans() if arguments.plans else [])]
+        for shape in _plans() if arguments.plans else []:
+            report["plans"].append(measure_plan(archive, *shape, seconds))
+            save(report)
         slow = {"CAPTION_ENGINE": "torch-fp32", "TS_DEFAULT_WORKERS_PER_MODEL": "1", "CAPTION_THREADS": str(available_cpus())}
         with served(single, slow) as server:
             put_load(url_of(server), clients=1, requests_sent=5)
@@ -449,9 +454,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         with flask_style(arguments.checkpoint) as url:
             put_load(url, clients=1, requests_sent=3)
             flask = put_load(url, clients=4, requests_sent=max(4, int(8 * seconds)))
-        report |= {"service": rows, "eager_behind_torchserve": eager.row(), "flask_style": flask.row()}
+        report |= {"eager_behind_torchserve": eager.row(), "flask_style": flask.row()}
+        save(report)
         report["scaling"] = measure_scaling(archive, seconds)
-    report["worker_memory_mib"] = memory
     report["ratios"] = {
         "service to encoder alone, throughput": best.throughput / report["encoder_alone"]["throughput"],
         "lone request p50 to encoder alone at batch 1": lone["p50"] / report["encoder_alone"]["p50"],
@@ -581,13 +586,17 @@ def main() -> None:
         help="another version and its packed model, called caption.mar, to compare the cold start with",
     )
     arguments = parser.parse_args()
-    try:
-        report = run(arguments)
-    except BenchmarkError as error:
-        sys.exit(f"error: {error}")
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    (output / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    def save(report: dict[str, Any]) -> None:
+        (output / "benchmark.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    try:
+        report = run(arguments, save)
+    except BenchmarkError as error:
+        sys.exit(f"error: {error}")
+    save(report)
     (output / "benchmark.md").write_text(as_markdown(report))
     draw(report, output / "benchmark.png")
     print(f"{as_markdown(report)}\nall of it: {output}/benchmark.json, .md and .png")

@@ -21,8 +21,8 @@ MOST_THREADS_ALONE = 4
 """More do little for one image."""
 WORKER_MIB = 1350
 """Memory of a worker: 550 of its own at most (in int8 it takes less), and 800 while a photo of 50 megapixels is decoded."""
-WORKERS_A_GPU = 2
-"""So that one decodes and searches while the other's encoder runs."""
+MOST_WORKERS_A_GPU = 8
+"""One for each two CPUs: photos are decoded by CPUs. More wait for each other's steps of the search, and each takes memory."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def plan(*, cpus: int | None = None, memory: int | None = None, gpus: int | None
     memory = available_memory() if memory is None else memory
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if gpus is None else gpus
     threads = max(threads for least, threads in THREADS_FROM_CPUS.items() if least <= cpus)
-    wanted = gpus * WORKERS_A_GPU if gpus else cpus // threads
+    wanted = gpus * min(MOST_WORKERS_A_GPU, max(2, cpus // gpus // 2)) if gpus else cpus // threads
     workers = max(1, min(wanted, memory // (WORKER_MIB * 2**20)))
     return Plan(
         workers=workers,

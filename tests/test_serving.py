@@ -28,8 +28,11 @@ def test_memory_limits_the_workers_but_never_to_none() -> None:
     assert plan(cpus=2, memory=GIB // 4, gpus=0).workers == 1
 
 
-def test_gpus_have_workers_each() -> None:
-    assert plan(cpus=16, memory=64 * GIB, gpus=2).workers == 4
+@pytest.mark.parametrize(("gpus", "cpus", "workers"), [(1, 16, 8), (2, 16, 8), (1, 4, 2), (1, 2, 2), (1, 64, 8), (4, 8, 8)])
+def test_a_gpu_has_a_worker_for_each_two_cpus(gpus: int, cpus: int, workers: int) -> None:
+    found = plan(cpus=cpus, memory=64 * GIB, gpus=gpus)
+    assert found.workers == workers
+    assert found.threads >= 1
 
 
 def test_the_plan_reaches_torchserve_and_the_handler() -> None:
