@@ -7,6 +7,7 @@ deploy/torchserve/model-config.yaml.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def plan(*, cpus: int | None = None, memory: int | None = None, gpus: int | None
     """The plan for this machine, or for one with so many CPUs, bytes of memory and GPUs."""
     cpus = available_cpus() if cpus is None else cpus
     memory = available_memory() if memory is None else memory
-    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if gpus is None else gpus
+    gpus = available_gpus() if gpus is None else gpus
     threads = max(threads for least, threads in THREADS_FROM_CPUS.items() if least <= cpus)
     wanted = gpus * min(MOST_WORKERS_A_GPU, max(2, cpus // gpus // 2)) if gpus else cpus // threads
     workers = max(1, min(wanted, memory // (WORKER_MIB * 2**20)))
@@ -60,6 +61,11 @@ def plan(*, cpus: int | None = None, memory: int | None = None, gpus: int | None
         threads_alone=min(cpus, MOST_THREADS_ALONE),
         frontend_threads=min(max(2, cpus // 2), 8),
     )
+
+
+def available_gpus(driver: Path = Path("/proc/driver/nvidia/gpus")) -> int:
+    """GPUs that this machine has, or that TorchServe may use, whichever is less."""
+    return min(len(list(driver.glob("*"))), int(os.environ.get("TS_NUMBER_OF_GPU") or 1024))
 
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

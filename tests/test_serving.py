@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from handler.machine import available_cpus
-from scripts.serving import WORKER_MIB, available_memory, plan
+from scripts.serving import WORKER_MIB, available_gpus, available_memory, plan
 
 GIB = 2**30
 
@@ -33,6 +33,19 @@ def test_a_gpu_has_a_worker_for_each_two_cpus(gpus: int, cpus: int, workers: int
     found = plan(cpus=cpus, memory=64 * GIB, gpus=gpus)
     assert found.workers == workers
     assert found.threads >= 1
+
+
+@pytest.mark.parametrize(("allowed", "found"), [(None, 2), ("", 2), ("0", 0), ("1", 1), ("4", 2)])
+def test_gpus_that_are_switched_off_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: str | None, found: int
+) -> None:
+    for name in ("0000:00:05.0", "0000:00:06.0"):
+        (tmp_path / name).mkdir()
+    monkeypatch.delenv("TS_NUMBER_OF_GPU", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("TS_NUMBER_OF_GPU", allowed)
+    assert available_gpus(tmp_path) == found
+    assert available_gpus(tmp_path / "no driver") == 0
 
 
 def test_the_plan_reaches_torchserve_and_the_handler() -> None:
