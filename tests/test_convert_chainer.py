@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from handler.captioner import Captioner
-from handler.checkpoint import load_checkpoint, read_manifest
+from handler.checkpoint import Checkpoint, load_checkpoint, read_manifest
 from handler.parameters import Parameters
 from scripts import convert_chainer
 from scripts.convert_chainer import (
@@ -71,11 +71,21 @@ def assert_agrees(checkpoint: Path, answers: Answers) -> None:
             logits, state = model.decoder.step(torch.tensor([word]), state)
         np.testing.assert_allclose(logits.softmax(1)[0], probabilities, rtol=1e-4)
 
-    rows = {name: row for row, name in enumerate(files)}
+    # The search by itself, from Chainer's features, and from the photos on. CPUs differ in the last digits of the features
+    # above, which a long caption adds up.
+    for found_from, relative in ((torch.from_numpy(answers.features), 1e-6), (features, 1e-5)):
+        assert_same_search(captioner, model, found_from, list(files), answers, relative)
+
+
+def assert_same_search(
+    captioner: Captioner, model: Checkpoint, features: torch.Tensor, names: list[str], answers: Answers, relative: float
+) -> None:
+    rows = {name: row for row, name in enumerate(names)}
     for start, beam, depth in sorted({(answer["start"], answer["beam"], answer["depth"]) for answer in answers.captions}):
         found = caption_features(model.decoder, model.vocabulary, features, start_token=start, beam=beam, depth=depth)
         for name, row in rows.items():
-            assert_same_captions(found[row], answers.best(name, start, beam=beam, depth=depth), model.vocabulary.tokens)
+            best = answers.best(name, start, beam=beam, depth=depth)
+            assert_same_captions(found[row], best, model.vocabulary.tokens, relative)
 
     # as the service searches: whatever is asked for, in one batch
     code = {language.start_token: language.code for language in model.config.languages}
@@ -86,12 +96,15 @@ def assert_agrees(checkpoint: Path, answers: Answers) -> None:
     batch = captioner.search(features[[rows[answer["photo"]] for answer in answers.captions]], parameters)
     for captions, answer in zip(batch, answers.captions, strict=True):
         served = [{"sentence": [*c.sentence], "log_likelihood": c.log_likelihood} for c in captions]
-        assert_same_captions(served, answer["found"][: answer["beam"]], model.vocabulary.tokens)
+        assert_same_captions(served, answer["found"][: answer["beam"]], model.vocabulary.tokens, relative)
 
 
-def assert_same_captions(ours: list[dict[str, Any]], chainers: list[dict[str, Any]], tokens: tuple[str, ...]) -> None:
+def assert_same_captions(
+    ours: list[dict[str, Any]], chainers: list[dict[str, Any]], tokens: tuple[str, ...], relative: float = 1e-6
+) -> None:
     assert [c["sentence"] for c in ours] == [[tokens[index] for index in c["path"]] for c in chainers]
-    assert [c["log_likelihood"] for c in ours] == pytest.approx([c["log_likelihood"] for c in chainers], abs=1e-4, rel=1e-5)
+    expected = [c["log_likelihood"] for c in chainers]
+    assert [c["log_likelihood"] for c in ours] == pytest.approx(expected, abs=1e-4, rel=relative)
 
 
 @pytest.mark.parametrize("name", golden.NAMES)
