@@ -10,7 +10,8 @@ FROM ${BASE_IMAGE} AS java
 RUN apt-get update \
     && apt-get install -y --no-install-recommends openjdk-17-jdk-headless \
     && jlink --add-modules java.se,jdk.crypto.ec,jdk.management,jdk.unsupported,jdk.zipfs --output /opt/java \
-      --compress=2 --strip-java-debug-attributes --no-header-files --no-man-pages
+      --compress=2 --strip-java-debug-attributes --no-header-files --no-man-pages \
+    && /opt/java/bin/java -Xshare:dump
 
 # What everything else stands on. Without an init as process 1 the JVM's orphans are never reaped and SIGTERM is ignored
 # until the runtime kills the container.
@@ -49,7 +50,7 @@ ARG CHECKPOINT=weights/en
 ENV PATH=/opt/venv/bin:$PATH
 COPY handler handler
 COPY scripts/__init__.py scripts/package_mar.py scripts/export.py scripts/
-COPY deploy/torchserve/model-config.yaml deploy/torchserve/
+COPY deploy/torchserve/model-config.yaml deploy/torchserve/sitecustomize.py deploy/torchserve/
 # A checkpoint may name files outside of its directory, such as the encoder that several share.
 COPY weights weights
 RUN python -m scripts.package_mar --checkpoint "$CHECKPOINT"
@@ -70,8 +71,11 @@ COPY deploy/container/serve /usr/local/bin/serve
 COPY config.properties ./
 COPY deploy/torchserve deploy/torchserve
 COPY handler/__init__.py handler/machine.py handler/
-COPY scripts/__init__.py scripts/server.py scripts/serving.py scripts/probe.py scripts/models.py scripts/authorization.py scripts/
+COPY scripts/__init__.py scripts/authorization.py scripts/class_archive.py scripts/models.py scripts/probe.py scripts/server.py \
+     scripts/serving.py scripts/
 COPY --from=model /build/model_store model_store
+# One start of the service, whose classes Java keeps for the next: those are half a second faster.
+RUN PATH=/opt/venv/bin:/opt/java/bin:$PATH python -m scripts.class_archive
 # The inference port is the image's purpose; management and metrics stay on the container's loopback unless a deployment
 # opens them. Tokens are on, since whoever runs the image with a published port opens it to the network: see
 # docs/deploy/docker.md for the keys. A key lives as long as its container (the number is ten years, in minutes).

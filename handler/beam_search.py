@@ -13,12 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from handler.expansion import Expander, PlainExpander, State, StepDecoder
+from handler.expansion import Expander, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from handler.torch_expansion import StepDecoder
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,14 @@ def beam_search(
 
     forbidden: tokens that are never generated. Their probability is not spread over the others.
     """
-    return search(PlainExpander(decoder, forbidden), features, searches, end_token=end_token)
+    from handler.torch_expansion import PlainExpander
+
+    expander = PlainExpander(decoder, forbidden, features.device)
+    return search(expander, features.cpu().numpy(), searches, end_token=end_token)
 
 
 def search(
-    expander: Expander[State], features: Tensor, searches: Sequence[Search], *, end_token: int
+    expander: Expander[State], features: np.ndarray, searches: Sequence[Search], *, end_token: int
 ) -> list[list[Hypothesis]]:
     """The same with a decoder of any kind. Of beams, the arrays are small: numpy takes a fraction of torch's time a call."""
     if len(features) == 0:

@@ -13,7 +13,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from ts.metrics.dimension import Dimension
 
 from handler.access_log import AccessLog, client_id, entry
@@ -46,7 +45,7 @@ class CaptionHandler:
         directory = Path(context.system_properties["model_dir"])
         self.serving = ServingConfig.model_validate((context.model_yaml_config or {}).get("caption", {}))
         gpu = context.system_properties.get("gpu_id")
-        device = f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu"
+        device = "cpu" if gpu is None else _device(gpu)
         self.captioner = load_captioner(directory / "checkpoint", directory / "engine", self.serving, device=device)
         self.parser = RequestParser(self.captioner.config, self.serving)
         version = context.manifest["model"]["modelVersion"]
@@ -55,15 +54,15 @@ class CaptionHandler:
         self.captioner.warm_up()
         logger.info("model %s %s %s on %s", self.model.name, self.model.version, self.model.digest, device)
 
-    def handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes | dict[str, Any]]:
+    def handle(self, rows: list[dict[str, Any]], context: Any) -> list[bytes]:
         """Answer each request of the batch by itself: neither an error nor a description touches the others."""
         began = time.perf_counter()
         headers = [_headers(context, index) for index in range(len(rows))]
         requests = [self._read(row, headers[index]) for index, row in enumerate(rows)]
         results = iter(self._caption([request for request in requests if isinstance(request, CaptionRequest)], context))
-        answers: list[bytes | dict[str, Any]] = []
+        answers: list[bytes] = []
         for index, request in enumerate(requests):
-            if isinstance(request, dict):
+            if isinstance(request, bytes):
                 answers.append(request)
                 continue
             found: list[Result] = []
@@ -83,7 +82,7 @@ class CaptionHandler:
             answers.append(body)
         return answers
 
-    def _read(self, row: dict[str, Any], headers: dict[str, str]) -> CaptionRequest | CaptionError | dict[str, Any]:
+    def _read(self, row: dict[str, Any], headers: dict[str, str]) -> CaptionRequest | CaptionError | bytes:
         # The management API asks for a description with this header. A client can send it too: with an image it is a
         # plain request all the same, and without one there is nothing to lose.
         if headers.get("describe") == "True" and not any(row.values()):
@@ -135,6 +134,13 @@ class CaptionHandler:
             return _guarded(lambda: self.captioner.prepare(image, deadline - time.monotonic()))
 
         return [prepare(image) for image in request.images]
+
+
+def _device(gpu: int) -> str:
+    """Where a worker computes that TorchServe has given a GPU to."""
+    import torch  # not without need: it takes a second and 200 MiB
+
+    return f"cuda:{gpu}" if torch.cuda.is_available() else "cpu"
 
 
 def _guarded(read: Callable[[], T]) -> T | CaptionError:

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from handler.beam_search import Hypothesis, Search, search
-from handler.checkpoint import Checkpoint, load_checkpoint, load_encoder, read_manifest
+from handler.checkpoint import Checkpoint, load_checkpoint, read_manifest
 from handler.config import DecodingConfig, ImageLimits, LanguageConfig, ServingConfig
-from handler.engine import Engine, TorchEngine, load_engine, openvino_precision
-from handler.expansion import Expander, TorchExpander, fold
+from handler.engine import Engine, is_gpu, load_engine, openvino_precision
+from handler.expansion import Expander, fold
 from handler.isolation import ImageReader
 from handler.machine import available_cpus
 from handler.parameters import Parameters, parse_parameters
@@ -31,7 +30,7 @@ _VARIABLES = {"engine": "CAPTION_ENGINE", "threads": "CAPTION_THREADS", "threads
 class PreparedImage:
     """A photo as the encoder takes it."""
 
-    pixels: Tensor
+    pixels: np.ndarray
     """(3, size, size), uint8"""
     width: int
     height: int
@@ -84,7 +83,9 @@ class Captioner:
         if engine is None:
             if checkpoint.encoder is None:
                 raise ValueError("a checkpoint without its encoder needs an engine")
-            engine = TorchEngine(checkpoint.encoder, self.config.preprocessing, name="torch-fp32", device=torch.device(device))
+            from handler.torch_engine import TorchEngine
+
+            engine = TorchEngine(checkpoint.encoder, self.config.preprocessing, name="torch-fp32", device=device)
         self.engine = engine
         self._languages = {language.code: language for language in self.config.languages}
         self.forbidden = list(self.vocabulary.never_generated)
@@ -96,28 +97,28 @@ class Captioner:
         """Caption a grey image, alone and in a batch, so that no client waits for what is set up on first use."""
         self.reader.start()
         size = self.config.preprocessing.size
-        grey = PreparedImage(torch.full((3, size, size), 128, dtype=torch.uint8), size, size, "PNG", 0.0)
-        for count in (1, 2):
+        grey = PreparedImage(np.full((3, size, size), 128, np.uint8), size, size, "PNG", 0.0)
+        for count in (2, 1):
             self.caption([grey] * count, [parse_parameters({}, self.config)] * count)
 
     def prepare(self, data: bytes, seconds: float | None = None) -> PreparedImage:
         """Decode an image file, in `seconds` at most, and bring it to the model's size. Raises a RequestError."""
         began = time.perf_counter()
         image = self.reader.read(data, seconds)
-        pixels = torch.from_numpy(image.pixels).permute(2, 0, 1)
+        pixels = image.pixels.transpose(2, 0, 1)
         return PreparedImage(pixels, image.width, image.height, image.format, _milliseconds_since(began))
 
-    @torch.inference_mode()
-    def encode(self, images: Tensor) -> Tensor:
-        """Pixels (B, 3, size, size) uint8 to features (B, 2048)."""
-        return torch.cat([self.engine.encode(batch) for batch in images.split(ENCODER_BATCH)])
+    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Pixels of B images (3, size, size), uint8, to features (B, 2048), float32."""
+        batches = [np.stack(images[at : at + ENCODER_BATCH]) for at in range(0, len(images), ENCODER_BATCH)]
+        return np.concatenate([self.engine.encode(batch) for batch in batches])
 
     def caption(self, images: Sequence[PreparedImage], parameters: Sequence[Parameters]) -> list[CaptionedImage]:
         """Caption prepared images together, each with its own checked parameters (`parse_parameters`)."""
         if not images:
             return []
         began = time.perf_counter()
-        features = self.encode(torch.stack([image.pixels for image in images]))
+        features = self.encode([image.pixels for image in images])
         encoded = time.perf_counter()
         found = self.search(features, parameters)
         encode_ms, search_ms = (encoded - began) * 1e3, _milliseconds_since(encoded)
@@ -126,7 +127,7 @@ class Captioner:
             for captions, p, image in zip(found, parameters, images, strict=True)
         ]
 
-    def search(self, features: Tensor, parameters: Sequence[Parameters]) -> list[tuple[Caption, ...]]:
+    def search(self, features: np.ndarray, parameters: Sequence[Parameters]) -> list[tuple[Caption, ...]]:
         """The captions of encoded images (B, 2048), best first."""
         languages = [self._language(p) for p in parameters]
         searches = [self._search(p, language) for p, language in zip(parameters, languages, strict=True)]
@@ -187,17 +188,14 @@ def load_captioner(
     wanted = {name: environment[variable] for name, variable in _VARIABLES.items() if environment.get(variable)}
     serving = ServingConfig.model_validate(serving.model_dump() | wanted)
     threads = serving.threads or available_cpus()
-    torch.set_num_threads(threads)
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(torch.device(device).index or 0)  # or each worker would take memory of the first GPU too
     manifest = read_manifest(checkpoint)
     engine = load_engine(
         manifest.config.engine if serving.engine == "auto" else serving.engine,
         exported=exported,
         encoder_sha256=manifest.files["encoder"].sha256,
-        load_encoder=lambda: load_encoder(checkpoint),
+        checkpoint=checkpoint,
         preprocessing=manifest.config.preprocessing,
-        device=torch.device(device),
+        device=device,
         threads=threads,
         threads_alone=serving.threads_alone,
     )
@@ -212,17 +210,18 @@ def load_captioner(
 
 def _expander(checkpoint: Checkpoint, forbidden: Sequence[int], engine: Engine, threads: int) -> Expander[Any]:
     """The search's step on the engine's device, by the same library, and on CPUs in the same precision."""
+    folded = fold(checkpoint.weights, forbidden)
     if engine.name.startswith("openvino"):
         from handler.openvino_engine import OpenVinoExpander
 
-        folded = fold(checkpoint.decoder, forbidden)
         return OpenVinoExpander(folded, precision=openvino_precision(engine.name), threads=threads)
-    folded = fold(checkpoint.decoder.to(engine.device), forbidden)
-    if engine.device.type == "cuda":
+    if is_gpu(engine.device):
         from handler.cuda_graphs import RecordedExpander
 
-        return RecordedExpander(folded)
-    return TorchExpander(folded)
+        return RecordedExpander(folded, engine.device)
+    from handler.torch_expansion import TorchExpander
+
+    return TorchExpander(folded, engine.device)
 
 
 def _milliseconds_since(began: float) -> float:

@@ -16,20 +16,23 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-import torch
+import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from safetensors.numpy import load_file, save_file
 
 from handler.config import Config, ModelConfig
-from handler.decoder import Decoder
-from handler.encoder import Encoder
 from handler.errors import CheckpointError
 from handler.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from handler.decoder import Decoder
+    from handler.encoder import Encoder
 
 MANIFEST = "checkpoint.json"
 FORMAT_VERSION = 1
@@ -67,20 +70,28 @@ class Manifest(Config):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model in memory, fp32, in evaluation mode."""
+    """A model in memory, fp32. The networks are made of torch, which is imported only where they are asked for."""
 
     config: ModelConfig
     vocabulary: Vocabulary
     encoder: Encoder | None
     """None if it was left on the disk."""
-    decoder: Decoder
+    weights: Mapping[str, np.ndarray]
+    """The decoder's, by name (`DecoderConfig.shapes`)."""
     digest: str
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """In evaluation mode. It shares the memory of `weights`."""
+        from handler.networks import decoder_of
+
+        return decoder_of(self.config.decoder, self.weights)
 
 
 def load_checkpoint(directory: Path, *, with_encoder: bool = True) -> Checkpoint:
     """Read and verify a checkpoint, all of it or all but its encoder. Raises CheckpointError."""
     manifest = read_manifest(directory)
-    paths = {part: _verified(directory, entry) for part, entry in manifest.files.items() if part != "encoder"}
+    paths = {part: verified(directory, entry) for part, entry in manifest.files.items() if part != "encoder"}
     config = manifest.config
     vocabulary = _parsed(Vocabulary, paths["vocabulary"])
     if len(vocabulary) != config.decoder.vocabulary_size:
@@ -90,31 +101,13 @@ def load_checkpoint(directory: Path, *, with_encoder: bool = True) -> Checkpoint
     absent = [language.start_token for language in config.languages if language.start_token not in vocabulary.start]
     if absent:
         raise CheckpointError(f"{directory}: the vocabulary has no start token {absent}")
-    with torch.device("meta"), _NoInitialWeights():
-        decoder = Decoder(config.decoder)
-    load_weights(decoder, paths["decoder"])
-    encoder = load_encoder(directory) if with_encoder else None
-    return Checkpoint(config, vocabulary, encoder, decoder.eval(), manifest.digest)
+    weights = read_weights(paths["decoder"], config.decoder.shapes)
+    encoder = None
+    if with_encoder:
+        from handler.networks import load_encoder
 
-
-class _NoInitialWeights(TorchFunctionMode):
-    """Modules are made without random weights. On the meta device they would take no time but a second for imports."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
-
-
-def load_encoder(directory: Path) -> Encoder:
-    """Read and verify the encoder of a checkpoint. Raises CheckpointError."""
-    manifest = read_manifest(directory)
-    path = _verified(directory, manifest.files["encoder"])
-    with torch.device("meta"), _NoInitialWeights():
-        encoder = Encoder(manifest.config.encoder)
-    load_weights(encoder, path)
-    return encoder.eval()
+        encoder = load_encoder(directory)
+    return Checkpoint(config, vocabulary, encoder, weights, manifest.digest)
 
 
 def save_checkpoint(
@@ -149,7 +142,7 @@ def copy_checkpoint(source: Path, directory: Path) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     paths = {part: directory / name for part, name in FILE_NAMES.items()}
     for part, entry in manifest.files.items():
-        shutil.copyfile(_verified(source, entry), paths[part])
+        shutil.copyfile(verified(source, entry), paths[part])
     return _write_manifest(directory, manifest.config, paths)
 
 
@@ -166,30 +159,25 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill `module` with the weights of a safetensors file, as fp32; every name and shape must fit.
-
-    Raises CheckpointError.
-    """
+def read_weights(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, as fp32; every name and shape must fit. Raises CheckpointError."""
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    expected = {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
-    missing, foreign = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    except TypeError as error:  # numpy has no bfloat16
+        raise CheckpointError(f"{path} must hold fp16 or fp32: {error}") from error
+    missing, foreign = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
     if missing or foreign:
         raise CheckpointError(f"{path} does not fit the model: missing {missing[:5]}, unknown {foreign[:5]}")
-    for name, value in expected.items():
-        if weights[name].shape != value.shape:
-            raise CheckpointError(f"{path}: {name} is {tuple(weights[name].shape)}, the model needs {tuple(value.shape)}")
-        if not weights[name].isfinite().all():
+    floats: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise CheckpointError(f"{path}: {name} is {weights[name].shape}, the model needs {shape}")
+        floats[name] = weights.pop(name).astype(np.float32)
+        if not np.isfinite(floats[name]).all():
             raise CheckpointError(f"{path}: {name} holds numbers that are not finite")
-    counters = {
-        name: torch.zeros_like(value, device="cpu") for name, value in module.state_dict().items() if name not in expected
-    }
-    floats = {name: value.float() for name, value in weights.items()}
-    module.load_state_dict(floats | counters, assign=True)
-    module.requires_grad_(True)
+    return floats
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -208,7 +196,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], *, half: bool = False) -> None:
     """Write floating-point tensors, as fp16 if `half`; counters such as `num_batches_tracked` are left out."""
     floats = {
-        name: value.detach().cpu().to(torch.float16 if half else value.dtype).contiguous()
+        name: np.ascontiguousarray(value.detach().cpu().numpy(), np.float16 if half else None)
         for name, value in tensors.items()
         if value.is_floating_point()
     }
@@ -240,7 +228,8 @@ def _parsed(model: type[ConfigT], path: Path) -> ConfigT:
     return parsed
 
 
-def _verified(directory: Path, entry: FileEntry) -> Path:
+def verified(directory: Path, entry: FileEntry) -> Path:
+    """A file of a checkpoint, its content checked. Raises CheckpointError."""
     path = directory / entry.path
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the checkpoint in {directory} is not complete")

@@ -53,6 +53,22 @@ class DecoderConfig(Config):
     dropout: float = Field(default=0.5, ge=0, lt=1)
     """On the embeddings and on the LSTM's output, while training."""
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the weights, by their names in `handler.decoder.Decoder`."""
+        features, embedding, words, gates = self.feature_size, self.embedding_size, self.vocabulary_size, 4 * self.hidden_size
+        return {
+            "embed_image.weight": (embedding, features),
+            "embed_image.bias": (embedding,),
+            "embed_token.weight": (words, embedding),
+            "lstm.weight_ih_l0": (gates, embedding),
+            "lstm.weight_hh_l0": (gates, self.hidden_size),
+            "lstm.bias_ih_l0": (gates,),
+            "lstm.bias_hh_l0": (gates,),
+            "output.weight": (words, self.hidden_size),
+            "output.bias": (words,),
+        }
+
 
 class LanguageConfig(Config):
     """One language that the model writes. Several share a decoder when they differ in their first token."""

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from handler.captioner import CaptionedImage
 from handler.config import ModelConfig, ServingConfig
+from handler.decoding import FORMATS
 from handler.errors import (
     CaptionError,
     ImageTooLarge,
@@ -28,7 +29,6 @@ from handler.errors import (
     MissingImage,
     RequestError,
 )
-from handler.image import FORMATS
 from handler.parameters import Parameters, describe, from_text, parse_parameters
 
 CONTENT_TYPE = "application/json; charset=utf-8"
@@ -195,9 +195,9 @@ def error_answer(error: CaptionError) -> tuple[int, bytes]:
     return error.status, _encoded(error.as_json())
 
 
-def description(config: ModelConfig, model: ModelInfo, serving: ServingConfig) -> dict[str, Any]:
-    """What the model is and takes, for the management API."""
-    return {
+def description(config: ModelConfig, model: ModelInfo, serving: ServingConfig) -> bytes:
+    """What the model is and takes, for the management API: JSON."""
+    about = {
         **asdict(model),
         "language": config.languages[0].code,
         "languages": [language.code for language in config.languages],
@@ -206,6 +206,7 @@ def description(config: ModelConfig, model: ModelInfo, serving: ServingConfig) -
         "formats": list(FORMATS),
         "limits": {**serving.limits.model_dump(), "max_instances": serving.max_instances},
     }
+    return json.dumps(about, indent=2).encode()
 
 
 def result_json(result: Result, model: ModelInfo) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handler.expansion import Folded, FoldedState, TorchExpander
+from handler.expansion import Folded, FoldedState
 from handler.parameters import MAX_BEAM_SIZE
+from handler.torch_expansion import TorchExpander
 
 IMAGES = (1, 2, 4, 8, 16)
 """Sizes of the encoder's graphs."""
@@ -94,22 +95,23 @@ class RecordedEncoder:
 class RecordedExpander:
     """`TorchExpander` with its step recorded for every size of `CAPTIONS`."""
 
-    def __init__(self, folded: Folded) -> None:
-        self._plain = TorchExpander(folded)
-        self.device = folded.table.device
+    def __init__(self, folded: Folded[np.ndarray], device: torch.device | str = "cpu") -> None:
+        self._plain = TorchExpander(folded, device)
+        table = self._plain.folded.table
+        self.device = table.device
         gates, hidden = folded.table.shape[1], folded.product.shape[1]
-        self._state = FoldedState(folded.table.new_zeros(CAPTIONS[-1], gates), folded.table.new_zeros(CAPTIONS[-1], hidden))
+        self._state = FoldedState(table.new_zeros(CAPTIONS[-1], gates), table.new_zeros(CAPTIONS[-1], hidden))
         self._width = min(MAX_BEAM_SIZE, len(folded.mask))
         pool = memory_pool(self.device)
         self._steps = {count: _Step(self._plain, self._state, count, self._width, pool) for count in reversed(CAPTIONS)}
 
-    def start(self, features: Tensor) -> FoldedState:
+    def start(self, features: np.ndarray) -> FoldedState[Tensor]:
         return self._plain.start(features)
 
     @torch.inference_mode()
     def expand(
-        self, state: FoldedState, rows: np.ndarray, tokens: np.ndarray, width: int
-    ) -> tuple[np.ndarray, np.ndarray, FoldedState]:
+        self, state: FoldedState[Tensor], rows: np.ndarray, tokens: np.ndarray, width: int
+    ) -> tuple[np.ndarray, np.ndarray, FoldedState[Tensor]]:
         count = len(rows)
         if count > CAPTIONS[-1]:
             return self._plain.expand(state, rows, tokens, width)
@@ -126,7 +128,7 @@ class RecordedExpander:
 class _Step:
     """One step for `count` captions, of which some are padding. It overwrites the state with the new one."""
 
-    def __init__(self, expander: TorchExpander, state: FoldedState, count: int, width: int, pool: Any) -> None:
+    def __init__(self, expander: TorchExpander, state: FoldedState[Tensor], count: int, width: int, pool: Any) -> None:
         device = state.cell.device
         self._device = device
         self._host_indices, self._indices = staged((2, count), torch.int64, device)

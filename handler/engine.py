@@ -8,18 +8,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from handler.checkpoint import sha256
 from handler.config import Config, EngineName, PreprocessingConfig
-from handler.encoder import Encoder, fused
 from handler.errors import CheckpointError
-from handler.image import mean_and_std, normalize
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +23,6 @@ Numbers = Literal["float", "int8"]
 """Of an exported encoder's weights, and the name of the directory that it is in."""
 
 EXPORT_MANIFEST = "engine.json"
-TORCH_DTYPES = {"torch-fp32": torch.float32, "torch-bf16": torch.bfloat16, "torch-fp16": torch.float16}
 OPENVINO_EXPORTS: dict[str, Numbers] = {"openvino-fp32": "float", "openvino-bf16": "float", "openvino-int8": "int8"}
 OPENVINO_PRECISIONS = {"openvino-fp32": "f32", "openvino-bf16": "bf16", "openvino-int8": "bf16"}
 """OpenVINO's own precision; of the int8 file, that of the few layers that are not quantized."""
@@ -37,11 +32,11 @@ INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 
 class Engine(Protocol):
     name: str
-    device: torch.device
-    """Where the features are."""
+    device: str
+    """What computes, such as `cpu` or `cuda:0`."""
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Pixels (B, 3, size, size), uint8, on the CPU, to features (B, 2048), float32."""
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """Pixels (B, 3, size, size), uint8, to features (B, 2048), float32."""
         ...
 
 
@@ -56,60 +51,21 @@ class ExportManifest(Config):
     """SHA-256 of each."""
 
 
-class TorchEngine:
-    """The checkpoint's own weights, on any device."""
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        preprocessing: PreprocessingConfig,
-        *,
-        name: str,
-        device: torch.device,
-        recorded: bool = False,
-    ) -> None:
-        """recorded: as a CUDA graph and without batch norms, which takes a moment and some of the GPU's memory."""
-        self.name = name
-        self.device = device
-        self._preprocessing = preprocessing
-        self._constants = mean_and_std(preprocessing, device)  # a graph can take nothing from the CPU
-        self._dtype = TORCH_DTYPES[name]
-        if device.type == "cuda":
-            # Where fp32 was asked for, convolutions should not round their inputs to 10 bits.
-            torch.backends.cudnn.allow_tf32 = self._dtype != torch.float32
-        encoder = fused(encoder) if recorded else encoder
-        # The layout that bf16 and fp16 convolutions are fast in.
-        self._encoder = encoder.to(device, self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._encode: Callable[[Tensor], Tensor] = self._launch
-        if recorded:
-            from handler.cuda_graphs import RecordedEncoder
-
-            self._encode = RecordedEncoder(self._launch, preprocessing.size, device).encode
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self._encode(images)
-
-    @torch.inference_mode()
-    def _launch(self, images: Tensor) -> Tensor:
-        batch = normalize(images.to(self.device), self._preprocessing, self._constants).to(self._dtype)
-        return self._encoder(batch.contiguous(memory_format=torch.channels_last)).float()
-
-
 def load_engine(
     wanted: EngineName,
     *,
     exported: Path,
     encoder_sha256: str,
-    load_encoder: Callable[[], Encoder],
+    checkpoint: Path,
     preprocessing: PreprocessingConfig,
-    device: torch.device,
+    device: str,
     threads: int,
     threads_alone: int = 0,
 ) -> Engine:
     """The wanted engine, or else the first that works of those that `auto` tries; the log says what was in the way.
 
     exported: the directory that `scripts.export` has written, if any.
-    load_encoder: called only where torch serves, since a cold start should not read what it does not need.
+    checkpoint: its encoder is read only where torch serves, and torch imported: a cold start takes what it needs.
     threads_alone: for an image that comes alone, where that is more than `threads`; of OpenVINO only.
 
     Raises CheckpointError when files in `exported` are damaged.
@@ -127,8 +83,9 @@ def load_engine(
         level = logging.WARNING if obstacles and wanted != "auto" else logging.INFO
         logger.log(level, "engine %s on %s with %d threads%s", name, device, threads, "".join(obstacles))
         if numbers is None:
-            recorded = device.type == "cuda"
-            return TorchEngine(load_encoder(), preprocessing, name=name, device=device, recorded=recorded)
+            from handler.torch_engine import load_torch_engine
+
+            return load_torch_engine(checkpoint, preprocessing, name=name, device=device, threads=threads)
         from handler.openvino_engine import OpenVinoEncoder
 
         return OpenVinoEncoder(
@@ -141,9 +98,13 @@ def load_engine(
     raise AssertionError("torch-fp32 works everywhere")
 
 
-def automatic(device: torch.device) -> list[EngineName]:
+def is_gpu(device: str) -> bool:
+    return device.startswith("cuda")
+
+
+def automatic(device: str) -> list[EngineName]:
     """The engines worth trying on this kind of device, the fastest first, by docs/performance.md."""
-    if device.type == "cuda":
+    if is_gpu(device):
         return ["torch-fp16", "torch-fp32"]
     return ["openvino-int8", "openvino-bf16", "openvino-fp32", "torch-bf16", "torch-fp32"]
 
@@ -172,15 +133,15 @@ def openvino_precision(name: str) -> str:
     return OPENVINO_PRECISIONS[name] if has_bfloat16() else "f32"
 
 
-def _obstacle(name: EngineName, device: torch.device) -> str | None:
+def _obstacle(name: EngineName, device: str) -> str | None:
     """Why this machine cannot serve by this engine, or should not."""
-    if name in TORCH_DTYPES:
-        if name == "torch-bf16" and device.type == "cpu" and not _torch_has_bfloat16():
+    if name not in OPENVINO_EXPORTS:
+        if name == "torch-bf16" and not is_gpu(device) and not _torch_has_bfloat16():
             return "the CPU has no instructions for bfloat16"
-        if name == "torch-fp16" and device.type == "cpu":
+        if name == "torch-fp16" and not is_gpu(device):
             return "it needs a GPU"
         return None
-    if device.type != "cpu":
+    if is_gpu(device):
         return "OpenVINO is used on CPUs alone"
     if importlib.util.find_spec("openvino") is None:
         return "the package openvino is not installed"

@@ -5,14 +5,13 @@ Imported only where OpenVINO serves: the package is optional, and its import tak
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino
-import torch
 from openvino import opset13 as op
-from torch import Tensor
 
 from handler.expansion import Folded, FoldedState
 from handler.parameters import MAX_BEAM_SIZE
@@ -34,36 +33,42 @@ class OpenVinoEncoder:
         threads_alone: for an image that comes alone, when the other workers have most likely nothing to do.
         """
         self.name = name
-        self.device = torch.device("cpu")
-        self._request = _compiled(path, precision, threads).create_infer_request()
-        self._alone = self._request
-        if threads_alone > threads:
-            self._alone = _compiled(path, precision, threads_alone).create_infer_request()
+        self.device = "cpu"
+        self._request = self._alone = _compiled(path, precision, threads).create_infer_request()
+        # A second copy takes as long to make as the first: not before the first image, which need not wait for it.
+        self._making = threading.Thread(target=self._make_alone, args=(path, precision, threads_alone), daemon=True)
+        self._made = threads_alone <= threads
 
-    def encode(self, images: Tensor) -> Tensor:
+    def _make_alone(self, path: Path, precision: str, threads: int) -> None:
+        self._alone = _compiled(path, precision, threads).create_infer_request()
+
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        if len(images) == 1 and not self._made:
+            self._made = True
+            self._making.start()
         request = self._alone if len(images) == 1 else self._request
         # Shared both ways; the features are copied, since the request writes the next ones to the same place.
-        outputs = request.infer([images.numpy()], share_inputs=True, share_outputs=True)
-        return torch.from_numpy(outputs[0].copy())
+        outputs = request.infer([images], share_inputs=True, share_outputs=True)
+        return np.array(outputs[0])
 
 
 class OpenVinoExpander:
     """The folded decoder as two graphs: one product a step for all captions, and one call from Python."""
 
-    def __init__(self, folded: Folded, *, precision: str, threads: int) -> None:
+    def __init__(self, folded: Folded[np.ndarray], *, precision: str, threads: int) -> None:
         """precision: `f32` or `bf16`, of the product alone. OpenVINO leaves what follows the last product in float32."""
         self._start = _compiled(_start_graph(folded), "f32", threads).create_infer_request()
         step = _compiled(_step_graph(folded), precision, threads)
         # Each reads the state that the other has written, in place.
         self._requests = [step.create_infer_request(), step.create_infer_request()]
 
-    def start(self, features: Tensor) -> FoldedState:
-        outputs = self._start.infer([features.numpy()], share_inputs=True, share_outputs=True)
+    def start(self, features: np.ndarray) -> FoldedState[np.ndarray]:
+        outputs = self._start.infer([features], share_inputs=True, share_outputs=True)
         return FoldedState(outputs[0], outputs[1])
 
     def expand(
-        self, state: FoldedState, rows: np.ndarray, tokens: np.ndarray, width: int
-    ) -> tuple[np.ndarray, np.ndarray, FoldedState]:
+        self, state: FoldedState[np.ndarray], rows: np.ndarray, tokens: np.ndarray, width: int
+    ) -> tuple[np.ndarray, np.ndarray, FoldedState[np.ndarray]]:
         request = self._requests[0]
         self._requests.reverse()
         inputs = [state.recurrent, state.cell, rows.astype(np.int32), tokens.astype(np.int32)]
@@ -82,7 +87,7 @@ def _compiled(model: Path | openvino.Model, precision: str, threads: int) -> Any
     return _CORE.compile_model(model, "CPU", config)
 
 
-def _start_graph(folded: Folded) -> openvino.Model:
+def _start_graph(folded: Folded[np.ndarray]) -> openvino.Model:
     """Features (B, 2048) to the recurrent part of the next gates (B, 4H) and the cell (B, H)."""
     hidden_size = folded.product.shape[1]
     features = op.parameter([-1, folded.embed_image.shape[1]], np.float32)
@@ -93,7 +98,7 @@ def _start_graph(folded: Folded) -> openvino.Model:
     return openvino.Model([op.result(recurrent), op.result(cell)], [features])
 
 
-def _step_graph(folded: Folded) -> openvino.Model:
+def _step_graph(folded: Folded[np.ndarray]) -> openvino.Model:
     """Old recurrent part (R', 4H) and cell (R', H), rows (R,) and tokens (R,) to the new ones, gains and words (R, W)."""
     words, gate_size = folded.table.shape
     recurrent, cell = op.parameter([-1, gate_size], np.float32), op.parameter([-1, gate_size // 4], np.float32)
@@ -118,9 +123,9 @@ def _lstm(gates: openvino.Node, cell: openvino.Node | None) -> tuple[openvino.No
     return op.multiply(op.sigmoid(leave), op.tanh(cell)), cell
 
 
-def _affine(inputs: openvino.Node, weight: Tensor, bias: Tensor) -> openvino.Node:
+def _affine(inputs: openvino.Node, weight: np.ndarray, bias: np.ndarray) -> openvino.Node:
     return op.add(op.matmul(inputs, _constant(weight), False, True), _constant(bias[None]))
 
 
-def _constant(values: Tensor) -> openvino.Node:
-    return op.constant(np.ascontiguousarray(values.detach().numpy()))
+def _constant(values: np.ndarray) -> openvino.Node:
+    return op.constant(np.ascontiguousarray(values))

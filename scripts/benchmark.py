@@ -34,10 +34,13 @@ import yaml
 
 from handler.beam_search import Search, search
 from handler.captioner import Captioner
-from handler.checkpoint import load_checkpoint, load_encoder
-from handler.engine import TorchEngine, automatic
-from handler.expansion import Expander, PlainExpander, TorchExpander, fold
+from handler.checkpoint import load_checkpoint
+from handler.engine import automatic, is_gpu
+from handler.expansion import Expander, fold
 from handler.machine import available_cpus
+from handler.networks import load_encoder
+from handler.torch_engine import TorchEngine
+from handler.torch_expansion import PlainExpander, TorchExpander
 from scripts.engines import ENGINES, captioners
 from scripts.export import exporter
 from scripts.package_mar import package
@@ -86,7 +89,7 @@ def measure_encoder(captioners: Mapping[str, Captioner], batches: Sequence[int],
     for name, captioner in captioners.items():
         size = captioner.config.preprocessing.size
         for batch in batches:
-            pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+            pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, size, size), np.uint8)
             ms = best_time(partial(captioner.engine.encode, pixels), seconds)
             rows.append({"engine": name, "batch": batch, "ms": ms / batch})
     return rows
@@ -97,7 +100,7 @@ def measure_encoder_alone(captioner: Captioner, batch: int, seconds: float) -> d
     size = captioner.config.preprocessing.size
     taken = {}
     for count in (1, batch):
-        pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (count, 3, size, size), np.uint8)
         times: list[float] = []
         deadline = time.perf_counter() + seconds
         while not times or time.perf_counter() < deadline:
@@ -114,11 +117,13 @@ def measure_search(
     """Milliseconds for each image, by the plain search and by the one that serves."""
     loaded = load_checkpoint(checkpoint, with_encoder=False)
     photos = [captioner.prepare(path.read_bytes()).pixels for path in sorted((ROOT / "samples").glob("*.jpg"))]
-    features = captioner.encode(torch.stack(photos))
-    decoder = loaded.decoder.to(features.device)
-    expanders: dict[str, Expander[Any]] = {"plain": PlainExpander(decoder, captioner.forbidden)}
-    if features.is_cuda:
-        expanders |= {"folded": TorchExpander(fold(decoder, captioner.forbidden)), "CUDA graph": captioner.expander}
+    features = captioner.encode(photos)
+    device = captioner.engine.device
+    plain = PlainExpander(loaded.decoder.to(device), captioner.forbidden, device)
+    expanders: dict[str, Expander[Any]] = {"plain": plain}
+    if is_gpu(device):
+        folded = fold(loaded.weights, captioner.forbidden)
+        expanders |= {"folded": TorchExpander(folded, device), "CUDA graph": captioner.expander}
     else:
         expanders |= {captioner.engine.name.split("-")[0]: captioner.expander}
     settings, vocabulary = loaded.config.search, loaded.vocabulary
@@ -128,7 +133,7 @@ def measure_search(
         for beam in beams:
             for batch in batches:
                 wanted = [Search(start, beam, settings.max_length, settings.length_penalty)] * batch
-                batched = features.repeat(-(-batch // len(features)), 1)[:batch].contiguous()
+                batched = features[np.arange(batch) % len(features)]
 
                 work = partial(search, expander, batched, wanted, end_token=vocabulary.end_index)
                 rows.append({"search": name, "beam": beam, "batch": batch, "ms": best_time(work, seconds) / batch})
@@ -358,7 +363,7 @@ def measure_cold_start(root: Path, archive: Path, times: int) -> dict[str, float
     if root == ROOT:
         with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
             shutil.unpack_archive(archive, folder, "zip")
-            environment = plan().environment() | os.environ
+            environment = plan().environment() | os.environ | {"PYTHONPATH": folder}  # as TorchServe starts a worker
             command = [sys.executable, "-c", _WORKER_START]
             done = subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True)
         found |= json.loads(done.stdout.splitlines()[-1])
@@ -407,7 +412,7 @@ def run(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -
         folder = Path(name)
         engines = ("torch-fp32", "openvino-bf16") if quick and DEVICE == "cpu" else ENGINES[DEVICE]
         loaded = captioners(arguments.checkpoint, folder, engines, DEVICE)
-        serving = next(loaded[name] for name in automatic(torch.device(DEVICE)) if name in loaded)
+        serving = next(loaded[name] for name in automatic(DEVICE) if name in loaded)
         if DEVICE == "cuda":
             loaded["torch-fp16 without a graph"] = _without_graph(arguments.checkpoint)
         report: dict[str, Any] = {
@@ -472,7 +477,7 @@ def run(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -
 
 def _without_graph(checkpoint: Path) -> Captioner:
     loaded = load_checkpoint(checkpoint, with_encoder=False)
-    engine = TorchEngine(load_encoder(checkpoint), loaded.config.preprocessing, name="torch-fp16", device=torch.device(DEVICE))
+    engine = TorchEngine(load_encoder(checkpoint), loaded.config.preprocessing, name="torch-fp16", device=DEVICE)
     return Captioner(loaded, engine=engine)
 
 

@@ -64,7 +64,7 @@ def best_captions(captioner: Captioner, photos: Sequence[Path]) -> list[Caption]
     best: list[Caption] = []
     for start in tqdm(range(0, len(photos), BATCH), desc=captioner.engine.name, unit="batch", leave=False):
         pixels = [captioner.prepare(path.read_bytes()).pixels for path in photos[start : start + BATCH]]
-        found = captioner.search(captioner.encode(torch.stack(pixels)), [parameters] * len(pixels))
+        found = captioner.search(captioner.encode(pixels), [parameters] * len(pixels))
         best += [captions[0] for captions in found]
     return best
 

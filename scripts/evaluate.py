@@ -60,7 +60,7 @@ def by_checkpoint(captioner: Captioner, photos: Sequence[Path], beams: Sequence[
     with tqdm(total=len(photos), unit="photo") as bar:
         for start in range(0, len(photos), BATCH):
             prepared = [captioner.prepare(path.read_bytes()).pixels for path in photos[start : start + BATCH]]
-            features = captioner.encode(torch.stack(prepared))
+            features = captioner.encode(prepared)
             for beam in beams:
                 parameters = parse_parameters({"beam_size": beam, "num_captions": 1, **given}, captioner.config)
                 for best, *_ in captioner.search(features, [parameters] * len(features)):

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handler.checkpoint import load_encoder, read_manifest, sha256
+from handler.checkpoint import read_manifest, sha256
 from handler.config import PreprocessingConfig
 from handler.encoder import Encoder
 from handler.engine import EXPORT_MANIFEST, ExportManifest, read_export
 from handler.image import normalize
+from handler.networks import load_encoder
 
 NOTHING = "none"
 FILES = ("encoder.xml", "encoder.bin")

@@ -23,11 +23,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from handler.checkpoint import load_weights, sha256, write_atomically
+from handler.checkpoint import sha256, write_atomically
 from handler.config import EncoderConfig, ImageLimits, PreprocessingConfig
 from handler.encoder import FEATURE_SIZE, Encoder
 from handler.errors import CaptionError
 from handler.image import decode, normalize, pixels, smallest_useful_side
+from handler.networks import load_weights
 from scripts.datasets import add_dataset_arguments, dataset_from
 
 SHARD = 1024

@@ -24,7 +24,8 @@ class _Quiet(WSGIRequestHandler):
 
 def main() -> None:
     checkpoint = load_checkpoint(Path(sys.argv[1]))
-    captioner = Captioner(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    captioner, decoder = Captioner(checkpoint, device=device), checkpoint.decoder.to(device)
     vocabulary, settings = checkpoint.vocabulary, checkpoint.config.search
     start = vocabulary.index[checkpoint.config.languages[0].start_token]
     search = Search(start, 5, settings.max_length, settings.length_penalty)
@@ -32,9 +33,9 @@ def main() -> None:
 
     def application(environ: dict[str, Any], respond: Callable[..., Any]) -> Iterable[bytes]:
         data = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
-        features = captioner.encode(torch.stack([captioner.prepare(data).pixels]))
+        features = torch.from_numpy(captioner.encode([captioner.prepare(data).pixels])).to(device)
         with torch.inference_mode():
-            (found,) = beam_search(checkpoint.decoder, features, [search], end_token=vocabulary.end_index, forbidden=forbidden)
+            (found,) = beam_search(decoder, features, [search], end_token=vocabulary.end_index, forbidden=forbidden)
         captions = [{"sentence": vocabulary.decode(h.tokens), "log_likelihood": sum(h.log_likelihoods)} for h in found]
         body = json.dumps({"captions": captions}).encode()
         respond("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])

@@ -23,6 +23,7 @@ from scripts.export import export, exporter, quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDLER = ROOT / "handler"
+SITE = ROOT / "deploy/torchserve/sitecustomize.py"
 ENTRY_POINT = "caption_handler.py"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The earliest time that a zip file can hold."""
@@ -42,6 +43,7 @@ def package(checkpoint: Path, output: Path, *, name: str, model_config: Path) ->
     with tempfile.TemporaryDirectory(prefix="package-") as folder:
         staged = Path(folder) / "files"
         shutil.copytree(HANDLER, staged / "handler", ignore=shutil.ignore_patterns("__pycache__", ENTRY_POINT))
+        shutil.copy(SITE, staged)
         copy_checkpoint(checkpoint, staged / "checkpoint")
         export(checkpoint, staged / "engine")
         subprocess.run(
@@ -64,7 +66,7 @@ def package(checkpoint: Path, output: Path, *, name: str, model_config: Path) ->
 
 def _digest(model: str, name: str, model_config: Path) -> bytes:
     digest = hashlib.sha256(f"{model} {name}\n".encode())
-    for path in [Path(__file__), Path(__file__).with_name("export.py"), model_config, *sorted(HANDLER.glob("*.py"))]:
+    for path in [Path(__file__), Path(__file__).with_name("export.py"), model_config, SITE, *sorted(HANDLER.glob("*.py"))]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest().encode()
 

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from handler.captioner import Captioner, load_captioner
-from handler.checkpoint import load_checkpoint, load_encoder
+from handler.checkpoint import load_checkpoint
 from handler.config import ServingConfig
 from handler.errors import CaptionError
 from handler.image import normalize
+from handler.networks import load_encoder
 from scripts.datasets import Example, add_dataset_arguments, dataset_from, of_split
 from scripts.engines import best_captions, cider
 from scripts.export import as_openvino, int8_directory, save_export
@@ -65,7 +66,7 @@ def quantize(checkpoint: Path, photos: Sequence[Path], directory: Path) -> None:
         raise QuantizationError("NNCF is missing: pip install -r requirements/quantize.txt") from None
     captioner = Captioner(load_checkpoint(checkpoint))
     preprocessing = captioner.config.preprocessing
-    pixels = torch.stack([captioner.prepare(path.read_bytes()).pixels for path in photos])
+    pixels = torch.from_numpy(np.stack([captioner.prepare(path.read_bytes()).pixels for path in photos]))
     encoder = rounded_to_int8(
         load_encoder(checkpoint), normalize(pixels[:: len(pixels) // ROUNDING_PHOTOS or 1], preprocessing)
     )

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
@@ -45,6 +47,11 @@ STALL_SECONDS = 120.0
 `responseTimeout` (60 s) and starts another one, which must have time to load."""
 CANARY_SECONDS = 15.0
 CONFIG = ROOT / "config.properties"
+TORCHSERVE = Path(str(importlib.util.find_spec("ts").origin)).parent  # type: ignore[union-attr]
+CLASS_PATH = (ROOT / "deploy/torchserve/frontend.jar", TORCHSERVE / "frontend/model-server.jar")
+"""Where a class is in both jars, the first one's is taken: this is how ours replaces one of TorchServe's."""
+CLASS_ARCHIVE = Path(sys.prefix) / "frontend.jsa"
+"""What `scripts.class_archive` has written, if it has."""
 ADDRESSES = {"inference": "inference_address", "management": "management_address", "metrics": "metrics_address"}
 GRPC_PORTS = {"gRPC inference": 7070, "gRPC management": 7071}
 
@@ -59,8 +66,16 @@ class TorchServe:
     settings: config.properties keys that differ from the file, such as `inference_address`.
     """
 
-    def __init__(self, settings: Mapping[str, str] | None = None, *, config: Path = CONFIG, model: str = "caption") -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, str] | None = None,
+        *,
+        config: Path = CONFIG,
+        model: str = "caption",
+        java_options: Sequence[str] = (),
+    ) -> None:
         self.model = model
+        self.java_options = list(java_options)
         self.config = config
         self.settings = dict(settings or {})
         self._process: subprocess.Popen[bytes] | None = None
@@ -91,8 +106,7 @@ class TorchServe:
         self._check()
         self._folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
         environment = plan().environment() | os.environ | {f"TS_{key.upper()}": value for key, value in self.settings.items()}
-        # The frontend only passes bytes on: Java's thorough compiler takes twice the time that it saves. Not as TorchServe's
-        # `vmargs`, which its launcher announces on an output that may be full, and dies of that.
+        # The frontend only passes bytes on: Java's thorough compiler takes twice the time that it saves.
         environment.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
         # TorchServe keeps its process number, unpacked models and sockets in the temporary directory; this one is ours
         # alone, so that several servers live side by side and nothing is left when one ends.
@@ -102,19 +116,30 @@ class TorchServe:
         environment["TS_DECODE_INPUT_REQUEST"] = "false"
         # It writes its keys to where it is started, which must be private and writable, so paths are given in full.
         environment |= {f"TS_{key.upper()}": str(ROOT / self._setting(key)) for key in ("model_store", "metrics_config")}
-        # Java looks for classes where it is started, then in TorchServe's jar: this is how ours replaces one of its own.
-        (self._folder / "org").symlink_to(ROOT / "deploy/torchserve/frontend/org")
-        command = [
-            *(sys.executable, "-m", "ts.model_server", "--start", "--foreground", "--no-config-snapshots"),
-            *("--ts-config", str(self.config), "--model-store", environment["TS_MODEL_STORE"]),
-            *("--log-config", str(ROOT / "deploy/torchserve/log4j2.xml")),
-        ]
+        command = self._command(self._folder, environment["TS_MODEL_STORE"])
         # A group of its own: Ctrl-C in the terminal reaches this process only, which then stops TorchServe in order.
         self._process = subprocess.Popen(command, cwd=self._folder, env=environment, start_new_session=True)
         if os.environ.get(KEY_FILE):
             link = Path(os.environ[KEY_FILE])
             link.unlink(missing_ok=True)
             link.symlink_to(self._folder / "key_file.json")
+
+    def _command(self, folder: Path, model_store: str) -> list[str]:
+        """What `torchserve --start` would run, with our jar before TorchServe's."""
+        options = [*self.java_options, *shlex.split(self._setting("vmargs", ""))]
+        if CLASS_ARCHIVE.is_file() and not self.java_options:
+            options.append(f"-XX:SharedArchiveFile={CLASS_ARCHIVE}")
+        plugins = self._setting("plugins_path", "")
+        return [
+            _java(),
+            f"-Dmodel_server_home={TORCHSERVE.parent}",
+            f"-Dlog4j.configurationFile=file://{ROOT / 'deploy/torchserve/log4j2.xml'}",
+            f"-Djava.io.tmpdir={folder}",
+            *options,
+            *("-cp", ":".join([*map(str, CLASS_PATH), *([f"{plugins}/*"] if plugins else [])])),
+            *("org.pytorch.serve.ModelServer", "--python", sys.executable),
+            *("-f", str(self.config), "-s", model_store, "-ncs"),
+        ]
 
     def wait_until_ready(self, timeout: float = 180.0) -> None:
         """Return when every worker is READY. Raises ServerError when the time is over or TorchServe has ended."""
@@ -140,8 +165,7 @@ class TorchServe:
         """
         if self._process is None or self._process.poll() is not None:
             return
-        launcher = psutil.Process(self._process.pid)
-        frontend = next(iter(launcher.children()), launcher)  # Java: `ts.model_server` only starts it and waits
+        frontend = psutil.Process(self._process.pid)
         port = int(self.address("inference").rpartition(":")[2].strip("/"))
         deadline = time.monotonic() + seconds
         busy, used = time.monotonic(), _cpu_seconds(frontend)
@@ -166,18 +190,19 @@ class TorchServe:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
-    def _setting(self, key: str) -> str:
+    def _setting(self, key: str, default: str | None = None) -> str:
         if key in self.settings:
             return self.settings[key]
         if f"TS_{key.upper()}" in os.environ:
             return os.environ[f"TS_{key.upper()}"]
         lines = (line.partition("=") for line in self.config.read_text().splitlines() if not line.startswith("#"))
-        return {name.strip(): value.strip() for name, _, value in lines}[key]
+        found = {name.strip(): value.strip() for name, _, value in lines}
+        return found[key] if default is None else found.get(key, default)
 
     def _check(self) -> None:
-        if shutil.which("java") is None and not os.environ.get("JAVA_HOME"):
+        if shutil.which(_java()) is None:
             raise ServerError(
-                "Java is missing: install Java 17, on Debian and Ubuntu `apt-get install openjdk-17-jre-headless`"
+                f"{_java()} is missing: install Java 17, on Debian and Ubuntu `apt-get install openjdk-17-jre-headless`"
             )
         addresses = {name: self.address(name).rpartition(":")[2] for name in ADDRESSES}
         ports = {name: int(port.strip("/")) for name, port in addresses.items()}
@@ -226,6 +251,11 @@ class Watchdog:
                 "Ending, so that whoever runs this service starts it anew"
             )
         self._next = time.monotonic() + (min(CANARY_SECONDS, self.seconds / 4) if reason is None else 1.0)
+
+
+def _java() -> str:
+    home = os.environ.get("JAVA_HOME")
+    return f"{home}/bin/java" if home else "java"
 
 
 def free_settings() -> dict[str, str]:

@@ -23,6 +23,7 @@ from handler.checkpoint import Checkpoint
 from handler.config import DecoderConfig, ModelConfig, PreprocessingConfig
 from handler.decoder import Decoder
 from handler.encoder import Encoder
+from handler.networks import weights_of
 from handler.torchvision_models import models
 from handler.vocabulary import Vocabulary
 from scripts.edge import Edge, EdgeError
@@ -54,7 +55,7 @@ def checkpoint(vocabulary: Vocabulary) -> Checkpoint:
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(8)  # so that features and words matter
-    return Checkpoint(config, vocabulary, encoder, decoder, "sha256:test")
+    return Checkpoint(config, vocabulary, encoder, weights_of(decoder), "sha256:test")
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ def send(handler: CaptionHandler, context: Context) -> Callable[..., list[tuple[
             (
                 context.get_response_status(index)[0],
                 context.get_response_content_type(index),
-                json.loads(body) if isinstance(body, bytes) else body,
+                json.loads(body),
             )
             for index, body in enumerate(bodies)
         ]

@@ -124,7 +124,7 @@ def test_weights_that_do_not_fit_are_named(checkpoint: Checkpoint, tmp_path: Pat
     else:
         tensors["output.bias"][0] = torch.nan
     save_file(tensors, tmp_path / "decoder.safetensors")
-    from handler.checkpoint import load_weights
+    from handler.networks import load_weights
 
     with pytest.raises(CheckpointError, match="foreign" if change == "unknown" else r"output\.bias"):
         load_weights(checkpoint.decoder, tmp_path / "decoder.safetensors")

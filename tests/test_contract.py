@@ -6,8 +6,8 @@ import base64
 import json
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -35,7 +35,7 @@ FORM = "multipart/form-data; boundary=x"
 
 
 def captioned(text: str = "a dog", confidence: float = 0.5) -> CaptionedImage:
-    image = PreparedImage(torch.zeros(3, 1, 1, dtype=torch.uint8), 640, 480, "JPEG", 1.234)
+    image = PreparedImage(np.zeros((3, 1, 1), np.uint8), 640, 480, "JPEG", 1.234)
     caption = Caption(text, confidence, -7.13, ("<sos>", *text.split(), "<eos>"), (-0.9, -6.23))
     return CaptionedImage((caption,), image, "en", 12.0, 6.3)
 

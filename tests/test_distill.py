@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from handler.checkpoint import load_weights
 from handler.config import EncoderConfig
 from handler.encoder import Encoder
+from handler.networks import load_weights
 from scripts.datasets import Example
 from scripts.distill import augment, concept_words
 from scripts.teachers import FEATURES, MobileNetV2Teacher

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 
 from handler.beam_search import Search, search
 from handler.cuda_graphs import RecordedExpander
-from handler.expansion import Expander, PlainExpander, TorchExpander, fold
+from handler.expansion import Expander, fold
+from handler.networks import weights_of
+from handler.torch_expansion import PlainExpander, TorchExpander
 from tests.test_beam_search import END, FORBIDDEN, START, random_decoder
 
 VOCABULARY = 40
@@ -23,12 +26,12 @@ def by_openvino(precision: str = "f32") -> Expander[Any]:
     pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -r requirements/serve.txt")
     from handler.openvino_engine import OpenVinoExpander
 
-    return OpenVinoExpander(fold(DECODER, FORBIDDEN), precision=precision, threads=1)
+    return OpenVinoExpander(fold(weights_of(DECODER), FORBIDDEN), precision=precision, threads=1)
 
 
 FOLDED: dict[str, Callable[[], Expander[Any]]] = {
-    "torch": lambda: TorchExpander(fold(DECODER, FORBIDDEN)),
-    "recorded": lambda: RecordedExpander(fold(DECODER, FORBIDDEN)),
+    "torch": lambda: TorchExpander(fold(weights_of(DECODER), FORBIDDEN)),
+    "recorded": lambda: RecordedExpander(fold(weights_of(DECODER), FORBIDDEN)),
     "openvino": by_openvino,
 }
 
@@ -38,8 +41,8 @@ def folded(request: pytest.FixtureRequest) -> Expander[Any]:
     return FOLDED[request.param]()
 
 
-def features(count: int, seed: int) -> torch.Tensor:
-    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+def features(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, 6), np.float32)
 
 
 @given(
@@ -76,7 +79,7 @@ def test_what_is_forbidden_comes_last_and_keeps_its_probability(folded: Expander
     gains, words, _ = folded.expand(state, torch.tensor([0]).numpy(), torch.tensor([START]).numpy(), 10)
     assert not set(words[0].tolist()) & set(FORBIDDEN)
     with torch.no_grad():
-        expected = DECODER(features(1, 1), torch.tensor([[START]]))[0, -1].log_softmax(0)
+        expected = DECODER(torch.from_numpy(features(1, 1)), torch.tensor([[START]]))[0, -1].log_softmax(0)
     assert gains[0] == pytest.approx(expected[torch.from_numpy(words[0]).long()].numpy(), abs=1e-5)
 
 

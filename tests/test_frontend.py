@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import re
 import shutil
@@ -17,36 +16,32 @@ from pathlib import Path
 import pytest
 import requests
 
+from scripts.class_archive import create
 from scripts.package_mar import package
-from scripts.server import TorchServe, free_settings
+from scripts.server import CLASS_PATH, TorchServe, free_settings
 from tests.conftest import ROOT, SAMPLES
 
 FRONTEND = ROOT / "deploy/torchserve/frontend"
 SOURCES = sorted(FRONTEND.rglob("*.java"))
 
 
-def jar() -> Path:
-    package = importlib.util.find_spec("ts")
-    assert package is not None
-    assert package.origin is not None
-    return Path(package.origin).parent / "frontend/model-server.jar"
-
-
 def test_the_compiled_classes_are_those_of_the_sources(tmp_path: Path) -> None:
-    """After a change: the same command with `-d deploy/torchserve/frontend`."""
+    """After a change: the same command, and `jar --create --file deploy/torchserve/frontend.jar -C FOLDER org`."""
     javac = shutil.which("javac")
     version = subprocess.run([javac, "-version"], capture_output=True, text=True, check=True).stdout if javac else ""
     if javac is None or not re.match(r"javac 17\.", version):
         pytest.skip("JDK 17 is missing, whose compiler makes these bytes: apt-get install openjdk-17-jdk-headless")
-    command = [javac, "--release", "11", "-g:none", "-cp", str(jar()), "-d", str(tmp_path), *map(str, SOURCES)]
+    command = [javac, "--release", "11", "-g:none", "-cp", str(CLASS_PATH[1]), "-d", str(tmp_path), *map(str, SOURCES)]
     subprocess.run(command, check=True)
     compiled = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.class")}
-    assert compiled == {path.relative_to(FRONTEND): path.read_bytes() for path in FRONTEND.rglob("*.class")}
+    with zipfile.ZipFile(CLASS_PATH[0]) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".class")]
+        assert compiled == {Path(name): archive.read(name) for name in names}
 
 
 def test_torchserves_own_classes_have_not_changed() -> None:
     """The replacements were written for these; another version of TorchServe needs another look."""
-    with zipfile.ZipFile(jar()) as archive:
+    with zipfile.ZipFile(CLASS_PATH[1]) as archive:
         own = {path.stem: archive.read(str(path.relative_to(FRONTEND).with_suffix(".class"))) for path in SOURCES}
     assert {name: (len(content), zlib.crc32(content)) for name, content in own.items()} == {
         "HttpRequestHandler": (5082, 3771440795),
@@ -98,3 +93,20 @@ def test_an_archive_cannot_write_outside_of_its_directory(tmp_path: Path) -> Non
         unpacked = [path.name for path in (folder / "models").iterdir()]
         assert not list(folder.rglob("escaped"))
     assert unpacked == []  # of what could not be unpacked nothing is left
+
+
+@pytest.mark.server
+def test_java_takes_the_classes_from_the_archive_that_was_made(server: TorchServe, tmp_path: Path) -> None:
+    """TorchServe's own and ours; `server` is for its packed model."""
+    store = {"model_store": server.settings["model_store"]}
+    archive, log = tmp_path / "frontend.jsa", tmp_path / "classes.log"
+    create(archive, store)
+    assert [path.name for path in tmp_path.iterdir()] == ["frontend.jsa"]
+    options = [f"-XX:SharedArchiveFile={archive}", f"-Xlog:class+load:file={log}"]
+    with TorchServe(free_settings() | store, java_options=options) as running:
+        running.wait_until_ready()
+    loaded = dict(re.findall(r" (org\.pytorch\.serve\.[\w.]+) source: (.+)", log.read_text()))
+    assert {name: loaded[name] for name in ("org.pytorch.serve.ModelServer", "org.pytorch.serve.http.HttpRequestHandler")} == {
+        "org.pytorch.serve.ModelServer": "shared objects file (top)",
+        "org.pytorch.serve.http.HttpRequestHandler": "shared objects file (top)",
+    }

@@ -191,6 +191,15 @@ def test_the_management_api_describes_the_model(server: TorchServe) -> None:
     assert described["language"] == "en"
 
 
+def test_workers_that_openvino_serves_do_without_torch(server: TorchServe) -> None:
+    """It takes a second of a cold start and 200 MiB of each worker; TorchServe's worker imports it for nothing."""
+    (model,) = requests.get(f"{server.address('management')}/models/caption", timeout=10).json()
+    for worker in model["workers"]:
+        libraries = Path(f"/proc/{worker['pid']}/maps").read_text()
+        assert "openvino" in libraries
+        assert "libtorch" not in libraries
+
+
 def test_prometheus_sees_captions_and_errors(url: str, server: TorchServe) -> None:
     post(url, files={"image": CAT})
     post(url, files={"image": b"x"})

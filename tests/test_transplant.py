@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from handler.checkpoint import load_weights
 from handler.config import EncoderConfig
 from handler.encoder import Encoder
+from handler.networks import load_weights
 from handler.torchvision_models import models
 from scripts.teachers import FEATURES, MobileNetV2Teacher
 from scripts.toy_dataset import make
