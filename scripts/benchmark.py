@@ -41,10 +41,11 @@ from handler.machine import available_cpus
 from handler.networks import load_encoder
 from handler.torch_engine import TorchEngine
 from handler.torch_expansion import PlainExpander, TorchExpander
+from scripts.class_archive import create, is_current
 from scripts.engines import ENGINES, captioners
 from scripts.export import exporter
 from scripts.package_mar import package
-from scripts.server import CONFIG, TorchServe, free_settings
+from scripts.server import CLASS_ARCHIVE, CONFIG, TorchServe, free_settings
 from scripts.serving import plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -433,6 +434,8 @@ def run(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -
         one_at_a_time.write_text(yaml.safe_dump(yaml.safe_load(MODEL_CONFIG.read_text()) | {"batchSize": 1}))
         package(arguments.checkpoint, single, name="caption", model_config=one_at_a_time)
 
+        if not is_current(CLASS_ARCHIVE):
+            create(CLASS_ARCHIVE, {"model_store": str(archive.parent)})  # which the image has
         report["cold_start"] = measure_cold_start(ROOT, archive, 1 if quick else 2)
         if arguments.against is not None:
             checkout, other = arguments.against
