@@ -110,7 +110,7 @@ def test_a_newer_format_is_refused_by_number(copied: Path) -> None:
         load_checkpoint(copied)
 
 
-@pytest.mark.parametrize("change", ["missing", "unknown", "shape", "nan"])
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape", "nan", "bfloat16"])
 def test_weights_that_do_not_fit_are_named(checkpoint: Checkpoint, tmp_path: Path, change: str) -> None:
     """Even when the manifest's digests fit, as with a file that another program wrote."""
     save(checkpoint, tmp_path)
@@ -121,12 +121,15 @@ def test_weights_that_do_not_fit_are_named(checkpoint: Checkpoint, tmp_path: Pat
         tensors["foreign"] = torch.zeros(1)
     elif change == "shape":
         tensors["output.bias"] = torch.zeros(3)
-    else:
+    elif change == "nan":
         tensors["output.bias"][0] = torch.nan
+    else:
+        tensors["output.bias"] = tensors["output.bias"].bfloat16()
     save_file(tensors, tmp_path / "decoder.safetensors")
     from handler.networks import load_weights
 
-    with pytest.raises(CheckpointError, match="foreign" if change == "unknown" else r"output\.bias"):
+    said = {"unknown": "foreign", "bfloat16": "must hold fp16 or fp32"}.get(change, r"output\.bias")
+    with pytest.raises(CheckpointError, match=said):
         load_weights(checkpoint.decoder, tmp_path / "decoder.safetensors")
 
 

@@ -23,6 +23,11 @@ def test_steps_agree_with_teacher_forcing() -> None:
             torch.testing.assert_close(logits, expected[:, position])
 
 
+def test_its_shapes_are_those_that_weights_are_checked_against() -> None:
+    decoder = make()
+    assert {name: tuple(value.shape) for name, value in decoder.state_dict().items()} == decoder.config.shapes
+
+
 def test_the_image_matters() -> None:
     decoder, tokens = make(), torch.zeros(1, 1, dtype=torch.long)
     with torch.inference_mode():
