@@ -169,6 +169,12 @@ print([p for p in ("gcc", "cc", "make", "git", "curl", "javac") if shutil.which(
     assert found.split() == ["[]", "[]"]
 
 
+def test_java_has_its_classes_from_the_archive(container: Container) -> None:
+    """It says nothing of an archive that it does not take, such as one of other jars."""
+    found = podman("exec", container.name, "sh", "-c", "grep -l frontend.jsa /proc/[0-9]*/maps 2>/dev/null; true").stdout
+    assert found.strip()
+
+
 def test_only_the_inference_port_is_open(container: Container) -> None:
     """Management could replace the model: it listens on the container's loopback alone, as do metrics and gRPC."""
     listening = container.python("""
