@@ -82,7 +82,8 @@ def assert_same_search(
 ) -> None:
     rows = {name: row for row, name in enumerate(names)}
     for start, beam, depth in sorted({(answer["start"], answer["beam"], answer["depth"]) for answer in answers.captions}):
-        found = caption_features(model.decoder, model.vocabulary, features, start_token=start, beam=beam, depth=depth)
+        inputs = torch.from_numpy(features)
+        found = caption_features(model.decoder, model.vocabulary, inputs, start_token=start, beam=beam, depth=depth)
         for name, row in rows.items():
             best = answers.best(name, start, beam=beam, depth=depth)
             assert_same_captions(found[row], best, model.vocabulary.tokens, relative)

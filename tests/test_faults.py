@@ -5,6 +5,7 @@ Every request gets an answer, and the service is whole again afterwards, or ends
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from scripts.package_mar import package
 from scripts.probe import not_alive, not_ready, switched_off
 from scripts.scorecard import Answer, Service
 from scripts.server import CONFIG, TorchServe, free_settings
+from tests import corpus
 from tests.conftest import ROOT, SAMPLES
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -157,11 +159,15 @@ def test_a_connection_on_which_nothing_comes_is_closed(service: Service, fragile
 
 
 def test_out_of_memory_fails_the_request_and_not_the_service(service: Service) -> None:
+    """The request is larger by far than what a worker may have freed since it was started."""
+    image = {"b64": base64.b64encode(CAT + bytes(14 * 2**20)).decode()}
+    large = corpus.RequestCase("", json.dumps({"instances": [image] * 3}).encode(), corpus.ANSWERED, corpus.JSON)
+    assert service.send(large).status == 200
     worker = psutil.Process(service.workers()[0])
     before = resource.prlimit(worker.pid, resource.RLIMIT_AS)
     resource.prlimit(worker.pid, resource.RLIMIT_AS, (worker.memory_info().vms + 2**20, before[1]))
     try:
-        status = service.predict(CAT + bytes(16 * 2**20)).status
+        status = service.send(large).status
     finally:
         with suppress(ProcessLookupError):
             resource.prlimit(worker.pid, resource.RLIMIT_AS, before)
@@ -226,16 +232,10 @@ def test_all_workers_hang(service: Service, fragile: TorchServe) -> None:
     assert probe(fragile, "--liveness", "--wait", "60") == (0, "")
 
 
-def frontend_of(process: int) -> psutil.Process:
-    """The JVM among the processes that this one has started."""
-    (java,) = (child for child in psutil.Process(process).children(recursive=True) if child.name() == "java")
-    return java
-
-
 def test_without_file_descriptors_new_clients_wait_until_idle_ones_are_gone(service: Service, fragile: TorchServe) -> None:
     host, port = fragile.address("inference").removeprefix("http://").split(":")
     assert fragile.pid is not None
-    java = frontend_of(fragile.pid)
+    java = psutil.Process(fragile.pid)
     soft, hard = resource.prlimit(java.pid, resource.RLIMIT_NOFILE)
     limit = java.num_fds() + 10
     resource.prlimit(java.pid, resource.RLIMIT_NOFILE, (limit, hard))
@@ -302,7 +302,8 @@ def test_a_zombie_ends_so_that_it_is_started_anew(watched: tuple[subprocess.Pope
 
 def test_a_frontend_that_hangs_is_seen_by_the_probe_and_ends(watched: tuple[subprocess.Popen[str], Service]) -> None:
     process, service = watched
-    frontend_of(process.pid).suspend()
+    (java,) = psutil.Process(process.pid).children()
+    java.suspend()
     asked = time.monotonic()
     assert service.management is not None
     reason = not_alive(service.management, service.inference, "caption", timeout=2)

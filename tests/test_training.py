@@ -85,7 +85,7 @@ def test_it_learns_and_exports_what_it_learned(tmp_path: Path, encoder_path: Pat
 
     captioner = Captioner(load_checkpoint(tmp_path / "run/best"))
     dev = trainer.dev_split
-    features = dev.views[0][torch.arange(len(dev.examples))]
+    features = dev.views[0][torch.arange(len(dev.examples))].numpy()
     parameters = parse_parameters({"beam_size": 3, "num_captions": 1}, captioner.config)
     served = [best.caption for (best, *_) in captioner.search(features, [parameters] * len(features))]
     expected = [" ".join(tokens) for tokens in trainer.caption_dev(reached["length_penalty"])]
