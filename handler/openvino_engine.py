@@ -36,7 +36,7 @@ class OpenVinoEncoder:
         self.device = "cpu"
         self._request = self._alone = _compiled(path, precision, threads).create_infer_request()
         # A second copy takes as long to make as the first: not before the first image, which need not wait for it.
-        self._making = threading.Thread(target=self._make_alone, args=(path, precision, threads_alone), daemon=True)
+        self._making = threading.Thread(target=self._make_alone, args=(path, precision, threads_alone))
         self._made = threads_alone <= threads
 
     def _make_alone(self, path: Path, precision: str, threads: int) -> None:
