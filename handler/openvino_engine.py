@@ -35,7 +35,8 @@ class OpenVinoEncoder:
         self.name = name
         self.device = "cpu"
         self._request = self._alone = _compiled(path, precision, threads).create_infer_request()
-        # A second copy takes as long to make as the first: not before the first image, which need not wait for it.
+        # A second copy takes as long to make as the first: not before the first image, which need not wait for it. No daemon,
+        # since a process that ended in the middle of it would be aborted.
         self._making = threading.Thread(target=self._make_alone, args=(path, precision, threads_alone))
         self._made = threads_alone <= threads
 

@@ -1,4 +1,4 @@
-"""Let Java start in half the time: `python -m scripts.class_archive`, which `scripts/serve` and the Dockerfile run.
+"""Let Java start faster: `python -m scripts.class_archive`, which the Dockerfile runs.
 
 Java reads, checks and links TorchServe's classes anew with each start. Of those that one run has loaded it can write an
 archive for the next (https://docs.oracle.com/en/java/javase/17/vm/class-data-sharing.html), and does so here: the service is

@@ -192,7 +192,7 @@ def test_the_management_api_describes_the_model(server: TorchServe) -> None:
 
 
 def test_workers_that_openvino_serves_do_without_torch(server: TorchServe) -> None:
-    """It takes a second of a cold start and 200 MiB of each worker; TorchServe's worker imports it for nothing."""
+    """It takes a second of a cold start and 140 MiB of each worker; TorchServe's worker imports it for nothing."""
     (model,) = requests.get(f"{server.address('management')}/models/caption", timeout=10).json()
     for worker in model["workers"]:
         libraries = Path(f"/proc/{worker['pid']}/maps").read_text()

@@ -1,7 +1,7 @@
 """Lets a worker do without torch where OpenVINO serves. Packed into the .mar, whose folder is on a worker's path.
 
 Python imports this file when it starts. TorchServe's worker imports torch for one `isinstance` that our answers never come
-to; it takes a second of a cold start and 200 MiB of every worker. What is imported here instead becomes torch as soon as
+to; it takes a second of a cold start and 140 MiB of every worker. What is imported here instead becomes torch as soon as
 anybody uses it.
 """
 
