@@ -70,10 +70,13 @@ class Vocabulary(Config):
     @classmethod
     def build(cls, captions: Iterable[Sequence[str]], *, min_count: int, start: tuple[str, ...] = (START,)) -> Self:
         """Special tokens first, then the tokens seen at least `min_count` times, most frequent first."""
+        return cls(tokens=(PAD, *start, END, UNKNOWN), start=start).extended(captions, min_count=min_count)
+
+    def extended(self, captions: Iterable[Sequence[str]], *, min_count: int) -> Self:
+        """With the tokens that are not in it yet and are seen at least `min_count` times behind its own."""
         counts = Counter(token for caption in captions for token in caption)
-        special = (PAD, *start, END, UNKNOWN)
-        kept = sorted((t for t, n in counts.items() if n >= min_count and t not in special), key=lambda t: (-counts[t], t))
-        return cls(tokens=(*special, *kept), start=start)
+        new = sorted((t for t, n in counts.items() if n >= min_count and t not in self.index), key=lambda t: (-counts[t], t))
+        return type(self)(**{**self.model_dump(), "tokens": (*self.tokens, *new)})
 
 
 def tokenize(text: str, tokenization: Tokenization) -> list[str]:

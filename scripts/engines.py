@@ -1,14 +1,17 @@
 """Do the engines give the same captions, and what does their precision cost? `python -m scripts.engines --help`.
 
-The same photos are captioned by every engine that works here, and each is compared with eager torch in fp32.
+The same photos are captioned by every engine that works here, and each is compared with eager torch in fp32, and with itself
+on the same photos compressed once more.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +20,9 @@ from pycocoevalcap.cider.cider import Cider
 from tqdm import tqdm
 
 from handler.captioner import Caption, Captioner, load_captioner
-from handler.config import EngineName, LanguageConfig, ServingConfig
+from handler.config import EngineName, ImageLimits, LanguageConfig, ServingConfig
 from handler.errors import CaptionError
+from handler.image import decode
 from handler.parameters import parse_parameters
 from scripts.datasets import Example, add_dataset_arguments, dataset_from, of_split
 from scripts.export import export
@@ -44,6 +48,8 @@ class Agreement:
     difference: float
     """The largest difference of the log-likelihoods of captions that are the same."""
     cider: float
+    kept: int
+    """Photos whose best caption stays the same when they are saved once more as a JPEG."""
 
 
 def captioners(checkpoint: Path, folder: Path, engines: Sequence[EngineName], device: str = "cpu") -> dict[str, Captioner]:
@@ -58,15 +64,25 @@ def captioners(checkpoint: Path, folder: Path, engines: Sequence[EngineName], de
     return found
 
 
-def best_captions(captioner: Captioner, photos: Sequence[Path]) -> list[Caption]:
+def best_captions(
+    captioner: Captioner, photos: Sequence[Path], read: Callable[[Path], bytes] = Path.read_bytes
+) -> list[Caption]:
     """The best caption of each photo, with the model's default settings."""
     parameters = parse_parameters({"num_captions": 1}, captioner.config)
     best: list[Caption] = []
     for start in tqdm(range(0, len(photos), BATCH), desc=captioner.engine.name, unit="batch", leave=False):
-        pixels = [captioner.prepare(path.read_bytes()).pixels for path in photos[start : start + BATCH]]
+        pixels = [captioner.prepare(read(path)).pixels for path in photos[start : start + BATCH]]
         found = captioner.search(captioner.encode(pixels), [parameters] * len(pixels))
         best += [captions[0] for captions in found]
     return best
+
+
+def saved_once_more(path: Path) -> bytes:
+    """The photo as a JPEG of a quality from 75 to 95, always the same for its name."""
+    chance, file = random.Random(path.name), io.BytesIO()
+    photo = decode(path.read_bytes(), ImageLimits()).image
+    photo.save(file, "JPEG", quality=chance.randint(75, 95), subsampling=chance.randint(0, 2))
+    return file.getvalue()
 
 
 def cider(captions: Sequence[Caption], examples: Sequence[Example], language: LanguageConfig) -> float:
@@ -82,16 +98,18 @@ def compare(loaded: dict[str, Captioner], examples: Sequence[Example]) -> list[A
     for name, ours in captions.items():
         pairs = [(a, b) for a, b in zip(ours, captions[REFERENCE], strict=True) if a.caption == b.caption]
         difference = max((abs(a.log_likelihood - b.log_likelihood) for a, b in pairs), default=0.0)
-        found.append(Agreement(name, len(photos), len(pairs), difference, cider(ours, examples, language)))
+        again = best_captions(loaded[name], photos, saved_once_more)
+        kept = sum(a.caption == b.caption for a, b in zip(ours, again, strict=True))
+        found.append(Agreement(name, len(photos), len(pairs), difference, cider(ours, examples, language), kept))
     return found
 
 
 def as_markdown(found: Sequence[Agreement]) -> str:
     lines = [
-        "| engine | photos | same caption | log-likelihood differs by at most | CIDEr |",
-        "| --- | --- | --- | --- | --- |",
+        f"| engine | photos | same caption as {REFERENCE} | log-likelihood differs by at most | CIDEr | caption kept as JPEG |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [f"| {a.engine} | {a.photos} | {a.same} | {a.difference:.1g} | {a.cider:.4f} |" for a in found]
+    lines += [f"| {a.engine} | {a.photos} | {a.same} | {a.difference:.1g} | {a.cider:.4f} | {a.kept} |" for a in found]
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 import torch
 
-from handler.checkpoint import write_atomically
+from handler.checkpoint import load_checkpoint, read_manifest, verified, write_atomically
 from handler.config import (
     DecoderConfig,
     EncoderConfig,
@@ -46,11 +46,14 @@ SETTINGS = "command.json"
 
 
 def count_vocabulary(
-    examples: Sequence[Example], language: LanguageConfig, min_count: int
+    examples: Sequence[Example], language: LanguageConfig, min_count: int, before: Vocabulary | None = None
 ) -> tuple[Vocabulary, dict[str, Any]]:
-    """The tokens that occur at least `min_count` times, and the statistics of all."""
+    """The tokens that occur at least `min_count` times behind those already known, and the statistics of all."""
     captions = [tokenize(text, language.tokenization) for e in examples for text in e.captions]
-    vocabulary = Vocabulary.build(captions, min_count=min_count, start=(language.start_token,))
+    if before is None:
+        vocabulary = Vocabulary.build(captions, min_count=min_count, start=(language.start_token,))
+    else:
+        vocabulary = before.extended(captions, min_count=min_count)
     counts = Counter(token for caption in captions for token in caption)
     known = sum(n for token, n in counts.items() if token in vocabulary.index)
     statistics = {
@@ -87,9 +90,14 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run directory; made, or continued")
     add_dataset_arguments(parser)
     parser.add_argument(
+        "--start-from",
+        type=Path,
+        help="checkpoint of a model to train further, such as weights/en; its language, tokenization and sizes hold then",
+    )
+    parser.add_argument(
         "--encoder",
-        default=str(ROOT / "weights/encoder.safetensors"),
-        help=f"weights: a safetensors file, or {' or '.join(TORCHVISION_WEIGHTS)} from torchvision",
+        help=f"weights: a safetensors file, or {' or '.join(TORCHVISION_WEIGHTS)} from torchvision; "
+        "otherwise that of --start-from, or the embedded one",
     )
     parser.add_argument("--cache", type=Path, default=Path("runs/features"), help="where features are kept")
     parser.add_argument("--name", default="caption", help="name of the model")
@@ -127,29 +135,41 @@ def train(arguments: argparse.Namespace) -> None:
     settings = {"command": sys.argv, "arguments": asked, "training": config.model_dump(), "environment": environment()}
     _write_json(run / SETTINGS, settings)
 
+    begun = load_checkpoint(arguments.start_from, with_encoder=False) if arguments.start_from else None
+    if begun is not None and len(begun.config.languages) > 1:
+        raise ValueError(f"{arguments.start_from} has several languages: only a model of one can be trained further")
     examples = dataset_from(arguments)
-    language = LanguageConfig(code=arguments.language, start_token=START, tokenization=arguments.tokenization)
-    vocabulary, statistics = count_vocabulary(of_split(examples, "train"), language, arguments.min_count)
-    _write_json(run / "vocabulary.json", statistics)
-    if arguments.encoder in TORCHVISION_WEIGHTS:
-        encoder_path = torchvision_encoder(arguments.encoder, run / "encoder.safetensors")
+    encoder_path = _encoder_path(arguments)
+    if begun is None:
+        encoder, digest = load_encoder(encoder_path)
+        language = LanguageConfig(code=arguments.language, start_token=START, tokenization=arguments.tokenization)
+        vocabulary, statistics = count_vocabulary(of_split(examples, "train"), language, arguments.min_count)
+        model = ModelConfig(
+            name=arguments.name,
+            version=arguments.version,
+            languages=(language,),
+            preprocessing=PreprocessingConfig(size=arguments.size),
+            encoder=EncoderConfig(),
+            decoder=DecoderConfig(
+                vocabulary_size=len(vocabulary),
+                embedding_size=arguments.embedding_size,
+                hidden_size=arguments.hidden_size,
+                dropout=arguments.dropout,
+            ),
+            search=SearchConfig(max_length=arguments.max_length),
+        )
     else:
-        encoder_path = Path(arguments.encoder)
-    encoder, digest = load_encoder(encoder_path)
-    model = ModelConfig(
-        name=arguments.name,
-        version=arguments.version,
-        languages=(language,),
-        preprocessing=PreprocessingConfig(size=arguments.size),
-        encoder=EncoderConfig(),
-        decoder=DecoderConfig(
-            vocabulary_size=len(vocabulary),
-            embedding_size=arguments.embedding_size,
-            hidden_size=arguments.hidden_size,
-            dropout=arguments.dropout,
-        ),
-        search=SearchConfig(max_length=arguments.max_length),
-    )
+        encoder, digest = load_encoder(encoder_path, begun.config.encoder)
+        if digest != read_manifest(arguments.start_from).files["encoder"].sha256:
+            raise ValueError(
+                f"{arguments.start_from} was trained with another encoder than {encoder_path}: leave out --encoder"
+            )
+        vocabulary, statistics = count_vocabulary(
+            of_split(examples, "train"), begun.config.languages[0], arguments.min_count, begun.vocabulary
+        )
+        decoder = begun.config.decoder.model_copy(update={"vocabulary_size": len(vocabulary)})
+        model = begun.config.model_copy(update={"name": arguments.name, "version": arguments.version, "decoder": decoder})
+    _write_json(run / "vocabulary.json", statistics)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(
         f"{device}: {statistics['captions']} captions, {len(vocabulary)} tokens cover "
@@ -186,6 +206,7 @@ def train(arguments: argparse.Namespace) -> None:
         dev=split("dev", 1),
         encoder=encoder,
         encoder_path=encoder_path.resolve(),
+        start_from=begun.decoder if begun else None,
     )
     trainer.run_to_end()
     checkpoint_digest, reached = trainer.export(run / "best")
@@ -195,6 +216,16 @@ def train(arguments: argparse.Namespace) -> None:
         f"dev: CIDEr {reached['CIDEr']:.3f}, BLEU-4 {reached['BLEU-4']:.3f} at beam {config.beam_size}, length penalty "
         f"{reached['length_penalty']}\ncheckpoint {run / 'best'}  {checkpoint_digest}\nreport     {run / 'report.html'}"
     )
+
+
+def _encoder_path(arguments: argparse.Namespace) -> Path:
+    if arguments.encoder in TORCHVISION_WEIGHTS:
+        return torchvision_encoder(arguments.encoder, arguments.run / "encoder.safetensors")
+    if arguments.encoder:
+        return Path(arguments.encoder)
+    if arguments.start_from:
+        return verified(arguments.start_from, read_manifest(arguments.start_from).files["encoder"])
+    return ROOT / "weights/encoder.safetensors"
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -6,6 +6,7 @@ number. A run that was killed therefore goes on to the very numbers that it woul
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -42,7 +43,7 @@ class TrainConfig(Config):
     """How a model is trained. Saved in the run directory."""
 
     seed: int = 0
-    epochs: int = Field(default=20, ge=1, description="of cross-entropy at most")
+    epochs: int = Field(default=20, ge=0, description="of cross-entropy at most")
     batch: int = Field(default=128, ge=1, description="captions in a step of cross-entropy")
     learning_rate: float = Field(default=2e-3, gt=0, description="of the decoder, at its height")
     encoder_learning_rate: float = Field(default=0.0, ge=0, description="above 0 the encoder is trained too, end to end")
@@ -92,9 +93,13 @@ class Trainer:
         dev: Split,
         encoder: Encoder,
         encoder_path: Path,
+        start_from: Decoder | None = None,
         workers: int = 2,
     ) -> None:
-        """encoder_path: its weight file, which the checkpoint refers to unless the encoder is trained."""
+        """encoder_path: its weight file, which the checkpoint refers to unless the encoder is trained.
+
+        start_from: a trained decoder for plain features of this encoder, whose tokens are the first of `vocabulary`.
+        """
         self.run, self.config, self.model, self.vocabulary = run, config, model, vocabulary
         self.train_split, self.dev_split, self.encoder_path = train, dev, encoder_path
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,7 +115,10 @@ class Trainer:
         self.mean, self.std = sample.mean(0).to(self.device), (sample.std(0) + 0.1 * sample.std()).to(self.device)
 
         torch.manual_seed(config.seed)
-        self.net = Net(Decoder(model.decoder), encoder if self.fine_tuned else None).to(self.device)
+        decoder = Decoder(model.decoder)
+        if start_from is not None:
+            grow(decoder, standardized(start_from, -self.mean.cpu() / self.std.cpu(), 1 / self.std.cpu()))
+        self.net = Net(decoder, encoder if self.fine_tuned else None).to(self.device)
         self.average = AveragedModel(self.net, avg_fn=self._averaged)
         self.averaged = cast(Net, self.average.module)
         self.log: list[dict[str, Any]] = []
@@ -119,6 +127,11 @@ class Trainer:
         self._begin_stage()
         if (run / "state.pt").exists():
             self._resume()
+        elif start_from is not None:  # which the training has to beat
+            self.best = {**self._judge(), "weights": copy.deepcopy(self.averaged.state_dict())}
+            print(f"before any training: CIDEr {self.best['CIDEr']:.3f} on dev")
+        elif not config.epochs:
+            raise ValueError("without epochs of cross-entropy there has to be a trained model to start from")
 
     # --- the loop
 
@@ -159,7 +172,7 @@ class Trainer:
         tqdm.write(json.dumps({name: round(v, 4) if isinstance(v, float) else v for name, v in row.items()}))
         self.log.append(row)
         if row["CIDEr"] > self.best["CIDEr"]:
-            self.best = {**row, "weights": {k: v.clone() for k, v in self.averaged.state_dict().items()}}
+            self.best = {**row, "weights": copy.deepcopy(self.averaged.state_dict())}
         self.epoch, self.step, self.total = self.epoch + 1, 0, 0.0
         self._save()
 
@@ -380,6 +393,17 @@ class Trainer:
         encoder = self.averaged.encoder or self.encoder_path
         digest = save_checkpoint(directory, config=model, vocabulary=self.vocabulary, decoder=decoder, encoder=encoder)
         return digest, {"length_penalty": penalty, **tried[penalty]}
+
+
+def grow(decoder: Decoder, smaller: Decoder) -> None:
+    """Give `decoder` the weights of one that knows only its first tokens. The new ones are as unlikely as its unlikeliest."""
+    known = smaller.config.vocabulary_size
+    with torch.no_grad():
+        decoder.output.weight.zero_()
+        decoder.output.bias.fill_(smaller.output.bias.min())
+        for name, weight in smaller.state_dict().items():
+            target = decoder.state_dict()[name]
+            (target[:known] if target.shape != weight.shape else target).copy_(weight)
 
 
 def standardized(decoder: Decoder, mean: Tensor, std: Tensor) -> Decoder:

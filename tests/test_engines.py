@@ -23,6 +23,7 @@ def test_fp32_engines_give_the_same_captions_and_likelihoods(tmp_path: Path) -> 
     assert (reference.engine, other.engine) == (REFERENCE, "openvino-fp32")
     assert other.same == other.photos == len(SAMPLES)
     assert other.difference < 1e-3
+    assert 0 < reference.kept <= len(SAMPLES)
     assert "| openvino-fp32 |" in as_markdown([reference, other])
 
 

@@ -24,7 +24,7 @@ from handler.vocabulary import Vocabulary
 from scripts.datasets import Example
 from scripts.features import FeatureCache
 from scripts.toy_dataset import make
-from scripts.training import Split, TrainConfig, Trainer, standardized
+from scripts.training import Split, TrainConfig, Trainer, grow, standardized
 
 WORDS = ("red", "green", "blue", "round", "square", "flat")
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,19 +54,22 @@ def encoder_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def a_trainer(run: Path, encoder_path: Path, **settings: Any) -> Trainer:
+def a_trainer(
+    run: Path, encoder_path: Path, start_from: Decoder | None = None, vocabulary: Vocabulary = VOCABULARY, **settings: Any
+) -> Trainer:
     run.mkdir(parents=True, exist_ok=True)
-    decoder = DecoderConfig(vocabulary_size=len(VOCABULARY), embedding_size=24, hidden_size=24, dropout=0.1)
+    decoder = DecoderConfig(vocabulary_size=len(vocabulary), embedding_size=24, hidden_size=24, dropout=0.1)
     settings = {"epochs": 8, "cider_epochs": 2, "batch": 16, "cider_batch": 16, "views": 1, "learning_rate": 1e-2} | settings
     return Trainer(
         run,
         TrainConfig(**settings),
         ModelConfig(decoder=decoder),
-        VOCABULARY,
+        vocabulary,
         train=a_split(60, 0),
         dev=a_split(20, 1),
         encoder=Encoder(ModelConfig(decoder=decoder).encoder),
         encoder_path=encoder_path,
+        start_from=start_from,
     )
 
 
@@ -143,6 +146,37 @@ def test_standardisation_is_folded_into_the_decoder() -> None:
     )
 
 
+def test_a_trained_model_is_where_training_starts_and_what_it_has_to_beat(tmp_path: Path, encoder_path: Path) -> None:
+    first = a_trainer(tmp_path / "first", encoder_path, cider_epochs=0, epochs=12)
+    first.run_to_end()
+    first.export(tmp_path / "begun")
+    begun = load_checkpoint(tmp_path / "begun").decoder
+    larger = VOCABULARY.extended([["new", "thing"]], min_count=1)
+    further = a_trainer(tmp_path / "further", encoder_path, begun, larger, epochs=1, cider_epochs=0, learning_rate=1.0)
+    assert further.best["CIDEr"] == pytest.approx(first.best["CIDEr"], abs=1e-3)
+    assert further.caption_dev() == first.caption_dev()
+    further.run_to_end()  # which such a learning rate ruins
+    assert further.log[0]["CIDEr"] < further.best["CIDEr"]
+    further.export(tmp_path / "best")
+    assert further.caption_dev() == first.caption_dev()
+    assert load_checkpoint(tmp_path / "best").vocabulary.tokens[-1] == "new"
+
+
+def test_without_epochs_there_has_to_be_a_model(tmp_path: Path, encoder_path: Path) -> None:
+    with pytest.raises(ValueError, match="a trained model to start from"):
+        a_trainer(tmp_path, encoder_path, epochs=0)
+
+
+def test_new_tokens_change_nothing_for_those_that_were_known() -> None:
+    sizes = {"embedding_size": 8, "hidden_size": 12}
+    small, large = (Decoder(DecoderConfig(vocabulary_size=size, **sizes)).eval() for size in (9, 11))
+    grow(large, small)
+    features, tokens = torch.randn(3, 2048), torch.randint(0, 9, (3, 4))
+    logits = large(features, tokens)
+    torch.testing.assert_close(logits[:, :, :9], small(features, tokens))
+    assert (logits[:, :, 9:] == small.output.bias.min()).all()
+
+
 def test_the_encoder_is_trained_with_its_own_rate(tmp_path: Path, encoder_path: Path) -> None:
     make(tmp_path / "toy", photos=6)
     paths = sorted((tmp_path / "toy/photos").iterdir())
@@ -198,3 +232,30 @@ def test_kill_9_and_resume_over_the_command_line(tmp_path: Path, encoder_path: P
     )
     assert changed.returncode != 0
     assert "seed" in changed.stderr
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_further_over_the_command_line(tmp_path: Path, encoder_path: Path) -> None:
+    toy = tmp_path / "toy"
+    make(toy, photos=40)
+    subprocess.run(train_command(tmp_path / "first", toy, encoder_path), check=True, cwd=ROOT)
+    captions = toy / "captions.csv"
+    captions.write_text(captions.read_text().replace("background", "wall"))
+    further = [
+        *(sys.executable, "-m", "scripts.train", str(tmp_path / "further"), "--start-from", str(tmp_path / "first/best")),
+        *("--images", str(toy / "photos"), "--captions", str(captions), "--cache", str(toy / "features")),
+        *("--min-count", "1", "--epochs", "8", "--batch", "8", "--learning-rate", "5e-3"),
+    ]
+    done = subprocess.run(further, check=True, cwd=ROOT, capture_output=True, text=True)
+    assert "before any training: CIDEr" in done.stdout
+    log = [json.loads(line) for line in (tmp_path / "further/log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    before, after = (load_checkpoint(tmp_path / name / "best") for name in ("first", "further"))
+    assert after.config.preprocessing.size == before.config.preprocessing.size == 64
+    assert after.vocabulary.tokens == (*before.vocabulary.tokens, "wall")
+    refused = subprocess.run(
+        [*further[:3], str(tmp_path / "other"), *further[4:], "--encoder", str(ROOT / "weights/encoder.safetensors")],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert refused.returncode != 0
+    assert "another encoder" in refused.stderr

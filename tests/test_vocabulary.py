@@ -53,3 +53,11 @@ def test_start_tokens_of_every_language_and_padding_are_never_generated() -> Non
 def test_start_tokens_can_be_left_to_the_search_as_in_chainer_caption() -> None:
     vocabulary = Vocabulary(tokens=("<sos>", "<eos>", "<ukn>"), unknown="<ukn>", pad=None, suppress_start=False)
     assert vocabulary.never_generated == []
+
+
+def test_new_tokens_come_behind_the_known_ones_which_keep_their_numbers() -> None:
+    known = Vocabulary.build([["a", "dog"]], min_count=1)
+    larger = known.extended([["a", "cat", "sleeps"], ["cat"]], min_count=2)
+    assert larger.tokens == (*known.tokens, "cat")
+    assert larger.index["cat"] == len(known)
+    assert known.extended([], min_count=1) == known
