@@ -272,8 +272,8 @@ class Trainer:
         """
         count = self.config.cider_samples
         features = self._features(photos).repeat_interleave(count, 0)  # (B * count, 2048)
-        decoder = self.net.decoder.eval()  # samples and their probabilities come from one and the same network
-        sampled = self._sample(decoder, features.detach())  # (B * count, T)
+        decoder = self.net.decoder
+        sampled = self._sample(decoder.eval(), features.detach())  # (B * count, T)
         rewards = torch.tensor(
             [
                 self.reward(photo, self._words(tokens))
@@ -283,6 +283,8 @@ class Trainer:
         baseline = (rewards.sum(1, keepdim=True) - rewards) / (count - 1)
         advantage = (rewards - baseline).view(-1, 1).to(self.device)
         starts = torch.full_like(sampled[:, :1], self.start)
+        # Learned with dropout though drawn without: the photos of the training are known by heart so much the later.
+        decoder.train()
         with self._autocast():
             logits = decoder(features, torch.cat([starts, sampled[:, :-1]], 1)).float()
         logits = logits.index_fill(2, torch.tensor(self.forbidden, device=self.device), -torch.inf)
