@@ -124,6 +124,8 @@ def main() -> None:
 def train(arguments: argparse.Namespace) -> None:
     """Raises CaptionError, or ValueError for settings out of range."""
     config = TrainConfig(**{name: getattr(arguments, name) for name in TrainConfig.model_fields})
+    if not config.epochs and not (arguments.start_from and config.cider_epochs):
+        raise ValueError("--epochs 0 needs a trained model to --start-from, and --cider-epochs")
     asked = {name: str(value) for name, value in vars(arguments).items() if name != "run"}
     run: Path = arguments.run
     run.mkdir(parents=True, exist_ok=True)

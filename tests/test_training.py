@@ -162,11 +162,6 @@ def test_a_trained_model_is_where_training_starts_and_what_it_has_to_beat(tmp_pa
     assert load_checkpoint(tmp_path / "best").vocabulary.tokens[-1] == "new"
 
 
-def test_without_epochs_there_has_to_be_a_model(tmp_path: Path, encoder_path: Path) -> None:
-    with pytest.raises(ValueError, match="a trained model to start from"):
-        a_trainer(tmp_path, encoder_path, epochs=0)
-
-
 def test_new_tokens_change_nothing_for_those_that_were_known() -> None:
     sizes = {"embedding_size": 8, "hidden_size": 12}
     small, large = (Decoder(DecoderConfig(vocabulary_size=size, **sizes)).eval() for size in (9, 11))
@@ -253,6 +248,9 @@ def test_a_model_is_trained_further_over_the_command_line(tmp_path: Path, encode
     before, after = (load_checkpoint(tmp_path / name / "best") for name in ("first", "further"))
     assert after.config.preprocessing.size == before.config.preprocessing.size == 64
     assert after.vocabulary.tokens == (*before.vocabulary.tokens, "wall")
+    nothing = subprocess.run([*further, "--epochs", "0"], capture_output=True, text=True, cwd=ROOT)
+    assert nothing.returncode != 0
+    assert "--epochs 0 needs" in nothing.stderr
     refused = subprocess.run(
         [*further[:3], str(tmp_path / "other"), *further[4:], "--encoder", str(ROOT / "weights/encoder.safetensors")],
         capture_output=True, text=True, cwd=ROOT,
