@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 import torch
 
-from handler.checkpoint import load_checkpoint, read_manifest, verified, write_atomically
+from handler.checkpoint import Checkpoint, load_checkpoint, read_manifest, verified, write_atomically
 from handler.config import (
     DecoderConfig,
     EncoderConfig,
@@ -46,14 +46,12 @@ SETTINGS = "command.json"
 
 
 def count_vocabulary(
-    examples: Sequence[Example], language: LanguageConfig, min_count: int, before: Vocabulary | None = None
+    examples: Sequence[Example], language: LanguageConfig, min_count: int, known_before: Vocabulary | None = None
 ) -> tuple[Vocabulary, dict[str, Any]]:
-    """The tokens that occur at least `min_count` times behind those already known, and the statistics of all."""
+    """The tokens that occur at least `min_count` times, behind those known before, and the statistics of all."""
     captions = [tokenize(text, language.tokenization) for e in examples for text in e.captions]
-    if before is None:
-        vocabulary = Vocabulary.build(captions, min_count=min_count, start=(language.start_token,))
-    else:
-        vocabulary = before.extended(captions, min_count=min_count)
+    begun = known_before or Vocabulary.build([], min_count=1, start=(language.start_token,))
+    vocabulary = begun.extended(captions, min_count=min_count)
     counts = Counter(token for caption in captions for token in caption)
     known = sum(n for token, n in counts.items() if token in vocabulary.index)
     statistics = {
@@ -141,37 +139,16 @@ def train(arguments: argparse.Namespace) -> None:
     if begun is not None and len(begun.config.languages) > 1:
         raise ValueError(f"{arguments.start_from} has several languages: only a model of one can be trained further")
     examples = dataset_from(arguments)
-    encoder_path = _encoder_path(arguments)
-    if begun is None:
-        encoder, digest = load_encoder(encoder_path)
-        language = LanguageConfig(code=arguments.language, start_token=START, tokenization=arguments.tokenization)
-        vocabulary, statistics = count_vocabulary(of_split(examples, "train"), language, arguments.min_count)
-        model = ModelConfig(
-            name=arguments.name,
-            version=arguments.version,
-            languages=(language,),
-            preprocessing=PreprocessingConfig(size=arguments.size),
-            encoder=EncoderConfig(),
-            decoder=DecoderConfig(
-                vocabulary_size=len(vocabulary),
-                embedding_size=arguments.embedding_size,
-                hidden_size=arguments.hidden_size,
-                dropout=arguments.dropout,
-            ),
-            search=SearchConfig(max_length=arguments.max_length),
-        )
-    else:
-        encoder, digest = load_encoder(encoder_path, begun.config.encoder)
-        if digest != read_manifest(arguments.start_from).files["encoder"].sha256:
-            raise ValueError(
-                f"{arguments.start_from} was trained with another encoder than {encoder_path}: leave out --encoder"
-            )
-        vocabulary, statistics = count_vocabulary(
-            of_split(examples, "train"), begun.config.languages[0], arguments.min_count, begun.vocabulary
-        )
-        decoder = begun.config.decoder.model_copy(update={"vocabulary_size": len(vocabulary)})
-        model = begun.config.model_copy(update={"name": arguments.name, "version": arguments.version, "decoder": decoder})
+    language = begun.config.languages[0] if begun else _language(arguments)
+    vocabulary, statistics = count_vocabulary(
+        of_split(examples, "train"), language, arguments.min_count, begun.vocabulary if begun else None
+    )
     _write_json(run / "vocabulary.json", statistics)
+    model = _model(arguments, begun, language, len(vocabulary))
+    encoder_path = _encoder_path(arguments)
+    encoder, digest = load_encoder(encoder_path, model.encoder)
+    if begun and digest != read_manifest(arguments.start_from).files["encoder"].sha256:
+        raise ValueError(f"{arguments.start_from} was trained with another encoder than {encoder_path}: leave out --encoder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(
         f"{device}: {statistics['captions']} captions, {len(vocabulary)} tokens cover "
@@ -217,6 +194,33 @@ def train(arguments: argparse.Namespace) -> None:
     print(
         f"dev: CIDEr {reached['CIDEr']:.3f}, BLEU-4 {reached['BLEU-4']:.3f} at beam {config.beam_size}, length penalty "
         f"{reached['length_penalty']}\ncheckpoint {run / 'best'}  {checkpoint_digest}\nreport     {run / 'report.html'}"
+    )
+
+
+def _language(arguments: argparse.Namespace) -> LanguageConfig:
+    return LanguageConfig(code=arguments.language, start_token=START, tokenization=arguments.tokenization)
+
+
+def _model(
+    arguments: argparse.Namespace, begun: Checkpoint | None, language: LanguageConfig, vocabulary_size: int
+) -> ModelConfig:
+    """What is asked for, or what is trained further with room for its new tokens."""
+    if begun is not None:
+        decoder = begun.config.decoder.model_copy(update={"vocabulary_size": vocabulary_size})
+        return begun.config.model_copy(update={"name": arguments.name, "version": arguments.version, "decoder": decoder})
+    return ModelConfig(
+        name=arguments.name,
+        version=arguments.version,
+        languages=(language,),
+        preprocessing=PreprocessingConfig(size=arguments.size),
+        encoder=EncoderConfig(),
+        decoder=DecoderConfig(
+            vocabulary_size=vocabulary_size,
+            embedding_size=arguments.embedding_size,
+            hidden_size=arguments.hidden_size,
+            dropout=arguments.dropout,
+        ),
+        search=SearchConfig(max_length=arguments.max_length),
     )
 
 
