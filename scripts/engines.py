@@ -7,8 +7,6 @@ on the same photos compressed once more.
 from __future__ import annotations
 
 import argparse
-import io
-import random
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,12 +18,12 @@ from pycocoevalcap.cider.cider import Cider
 from tqdm import tqdm
 
 from handler.captioner import Caption, Captioner, load_captioner
-from handler.config import EngineName, ImageLimits, LanguageConfig, ServingConfig
+from handler.config import EngineName, LanguageConfig, ServingConfig
 from handler.errors import CaptionError
-from handler.image import decode
 from handler.parameters import parse_parameters
 from scripts.datasets import Example, add_dataset_arguments, dataset_from, of_split
 from scripts.export import export
+from scripts.features import saved_once_more
 from scripts.metrics import plain_tokens
 
 REFERENCE: EngineName = "torch-fp32"
@@ -75,14 +73,6 @@ def best_captions(
         found = captioner.search(captioner.encode(pixels), [parameters] * len(pixels))
         best += [captions[0] for captions in found]
     return best
-
-
-def saved_once_more(path: Path) -> bytes:
-    """The photo as a JPEG of a quality from 75 to 95, always the same for its name."""
-    chance, file = random.Random(path.name), io.BytesIO()
-    photo = decode(path.read_bytes(), ImageLimits()).image
-    photo.save(file, "JPEG", quality=chance.randint(75, 95), subsampling=chance.randint(0, 2))
-    return file.getvalue()
 
 
 def cider(captions: Sequence[Caption], examples: Sequence[Example], language: LanguageConfig) -> float:

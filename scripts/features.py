@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import random
@@ -33,8 +34,11 @@ from scripts.datasets import add_dataset_arguments, dataset_from
 
 SHARD = 1024
 BATCH = 32
-MIRRORED = 1
-"""The view of a photo that is its mirror image. View 0 is the photo as it is served; from 2 on views are random crops."""
+RESAVED, MIRRORED = -1, 1
+"""The views of a photo that are the photo saved once more, and its mirror image.
+
+View 0 is the photo as it is served; from 2 on views are random crops.
+"""
 
 
 class Photos(torch.utils.data.Dataset[Tensor]):
@@ -49,18 +53,19 @@ class Photos(torch.utils.data.Dataset[Tensor]):
     def __getitem__(self, row: int) -> Tensor:
         path = self.paths[row]
         try:
-            photo = decode(path.read_bytes(), ImageLimits(), smallest_side=smallest_useful_side(self.preprocessing)).image
+            content = saved_once_more(path) if self.view == RESAVED else path.read_bytes()
+            photo = decode(content, ImageLimits(), smallest_side=smallest_useful_side(self.preprocessing)).image
         except CaptionError as error:
             raise type(error)(f"{path}: {error}") from error
         return pixels(augmented(photo, path.name, self.view), self.preprocessing)
 
 
 def augmented(photo: Image.Image, name: str, view: int) -> Image.Image:
-    """The photo as it is (view 0), mirrored (1), or as a random crop of 60 to 100 % of its area, half of them mirrored.
+    """The photo as it is, mirrored, or as a random crop of 60 to 100 % of its area, half of them mirrored.
 
     The same name and view give the same crop.
     """
-    if view == 0:
+    if view in (0, RESAVED):
         return photo
     if view == MIRRORED:
         return ImageOps.mirror(photo)
@@ -71,6 +76,14 @@ def augmented(photo: Image.Image, name: str, view: int) -> Image.Image:
     box = (left * photo.width, top * photo.height, (left + width) * photo.width, (top + height) * photo.height)
     photo = photo.crop(tuple(round(side) for side in box))  # type: ignore[arg-type]
     return ImageOps.mirror(photo) if chance.random() < 0.5 else photo
+
+
+def saved_once_more(path: Path) -> bytes:
+    """The photo as a JPEG of a quality from 75 to 95, always the same for its name."""
+    chance, file = random.Random(path.name), io.BytesIO()
+    photo = decode(path.read_bytes(), ImageLimits()).image
+    photo.save(file, "JPEG", quality=chance.randint(75, 95), subsampling=chance.randint(0, 2))
+    return file.getvalue()
 
 
 class FeatureCache:

@@ -36,13 +36,15 @@ from handler.config import (
 from handler.errors import CaptionError
 from handler.vocabulary import START, Vocabulary, tokenize
 from scripts.datasets import Example, add_dataset_arguments, dataset_from, of_split
-from scripts.features import cached_features, default_workers, load_encoder
+from scripts.features import RESAVED, FeatureCache, cached_features, default_workers, load_encoder
 from scripts.pretrained import TORCHVISION_WEIGHTS, torchvision_encoder
 from scripts.report import draw_curves, write_report
 from scripts.training import Split, TrainConfig, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "command.json"
+RESAVED_PHOTOS = 1000
+"""Of so many it is looked at what saving a photo once more does to its features."""
 
 
 def count_vocabulary(
@@ -122,8 +124,8 @@ def main() -> None:
 def train(arguments: argparse.Namespace) -> None:
     """Raises CaptionError, or ValueError for settings out of range."""
     config = TrainConfig(**{name: getattr(arguments, name) for name in TrainConfig.model_fields})
-    if not config.epochs and not (arguments.start_from and config.cider_epochs):
-        raise ValueError("--epochs 0 needs a trained model to --start-from, and --cider-epochs")
+    if not config.epochs and not (arguments.start_from and config.cider_epochs + config.interpolation_epochs):
+        raise ValueError("--epochs 0 needs a trained model to --start-from, and --cider-epochs or --interpolation-epochs")
     asked = {name: str(value) for name, value in vars(arguments).items() if name != "run"}
     run: Path = arguments.run
     run.mkdir(parents=True, exist_ok=True)
@@ -153,36 +155,36 @@ def train(arguments: argparse.Namespace) -> None:
     print(
         f"{device}: {statistics['captions']} captions, {len(vocabulary)} tokens cover "
         f"{statistics['share_of_text_covered']:.1%} of their text; at most {config.epochs} epochs of cross-entropy, "
-        f"{config.cider_epochs} on CIDEr; the encoder is {'trained' if config.encoder_learning_rate else 'left as it is'}"
+        f"{config.cider_epochs} on CIDEr, {config.interpolation_epochs} on the best of its own captions; "
+        f"the encoder is {'trained' if config.encoder_learning_rate else 'left as it is'}"
     )
 
-    def split(name: str, views: int) -> Split:
-        chosen = of_split(examples, name)
-        paths = [e.path for e in chosen]
-        return Split(
-            chosen,
-            [
-                cached_features(
-                    arguments.cache,
-                    encoder,
-                    model.preprocessing,
-                    paths,
-                    encoder_digest=digest,
-                    view=view,
-                    workers=arguments.workers,
-                    device=device,
-                )
-                for view in range(views)
-            ],
+    def features(chosen: Sequence[Example], view: int) -> FeatureCache:
+        return cached_features(
+            arguments.cache,
+            encoder,
+            model.preprocessing,
+            [e.path for e in chosen],
+            encoder_digest=digest,
+            view=view,
+            workers=arguments.workers,
+            device=device,
         )
 
+    train_split, dev_split = (of_split(examples, name) for name in ("train", "dev"))
+    of_views = range(1 if config.encoder_learning_rate else config.views)
+    noisy = config.interpolation_epochs and config.interpolation_noise and not config.encoder_learning_rate
     trainer = Trainer(
         run,
         config,
         model,
         vocabulary,
-        train=split("train", 1 if config.encoder_learning_rate else config.views),
-        dev=split("dev", 1),
+        train=Split(
+            train_split,
+            [features(train_split, view) for view in of_views],
+            resaved=features(train_split[:RESAVED_PHOTOS], RESAVED) if noisy else None,
+        ),
+        dev=Split(dev_split, [features(dev_split, 0)]),
         encoder=encoder,
         encoder_path=encoder_path.resolve(),
         start_from=begun.decoder if begun else None,

@@ -1,4 +1,4 @@
-"""The training of a captioner: cross-entropy on captions, then self-critical sequence training on CIDEr.
+"""The training of a captioner: cross-entropy on captions, self-critical training on CIDEr, sequence-level interpolation.
 
 Nothing here depends on what was computed before a step but the state that is saved: each step's chance is seeded by its
 number. A run that was killed therefore goes on to the very numbers that it would have reached.
@@ -23,20 +23,23 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from handler.beam_search import Search, beam_search
+from handler.beam_search import Hypothesis, Search, search
 from handler.checkpoint import save_checkpoint, write_atomically
 from handler.config import Config, LanguageConfig, ModelConfig, SearchConfig
 from handler.decoder import Decoder
 from handler.encoder import Encoder
+from handler.expansion import fold
+from handler.networks import weights_of
+from handler.torch_expansion import TorchExpander
 from handler.vocabulary import Vocabulary, tokenize
 from scripts.datasets import Example
 from scripts.features import FeatureCache, Photos, encode
 from scripts.metrics import CiderReward, plain_tokens, scores
 
-Stage = Literal["captions", "cider"]
-STAGES: tuple[Stage, ...] = ("captions", "cider")
+Stage = Literal["captions", "cider", "interpolation"]
+STAGES: tuple[Stage, ...] = ("captions", "cider", "interpolation")
 LENGTH_PENALTIES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-DEV_BATCH = 100
+SEARCH_BATCH = 100
 
 
 class TrainConfig(Config):
@@ -58,6 +61,14 @@ class TrainConfig(Config):
     cider_batch: int = Field(default=64, ge=1, description="photos in a step of self-critical training")
     cider_learning_rate: float = Field(default=1e-4, gt=0)
     cider_samples: int = Field(default=5, ge=2, description="captions drawn for each photo")
+    interpolation_epochs: int = Field(
+        default=0, ge=0, description="on the best of the model's own captions at most, in the end"
+    )
+    interpolation_learning_rate: float = Field(default=1e-3, gt=0)
+    interpolation_beam_size: int = Field(default=5, ge=1, le=10, description="of the search for the model's own captions")
+    interpolation_noise: float = Field(
+        default=2.0, ge=0, description="times what saving a photo once more does to its features"
+    )
     beam_size: int = Field(default=3, ge=1, le=10, description="of the search on dev")
     precision: Literal["fp32", "bf16"] = Field(default="bf16", description="of the decoder; the encoder always takes bf16")
 
@@ -69,6 +80,8 @@ class Split:
     examples: Sequence[Example]
     views: Sequence[FeatureCache]
     """Features of each view of the photos; view 0 is the photos as they are served."""
+    resaved: FeatureCache | None = None
+    """Features of the first of the photos, each saved once more as a JPEG."""
 
 
 class Net(nn.Module):
@@ -112,6 +125,8 @@ class Trainer:
         self.tokens = [[tokenize(text, self.language.tokenization) for text in e.captions] for e in train.examples]
         self.captions = [(photo, vocabulary.encode(t)) for photo, texts in enumerate(self.tokens) for t in texts]
         sample = train.views[0][torch.arange(0, len(train.examples), max(1, len(train.examples) // 5000))]
+        resaved = train.resaved[torch.arange(len(train.resaved))] if train.resaved else torch.empty(0, sample.shape[1])
+        self.noise = resaved - train.views[0][torch.arange(len(resaved))]  # (N, 2048)
         self.mean, self.std = sample.mean(0).to(self.device), (sample.std(0) + 0.1 * sample.std()).to(self.device)
 
         torch.manual_seed(config.seed)
@@ -123,6 +138,7 @@ class Trainer:
         self.averaged = cast(Net, self.average.module)
         self.log: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"CIDEr": -1.0}
+        self.targets: list[list[int]] = []
         self.stage_index, self.epoch, self.step, self.total = 0, 0, 0, 0.0
         self._begin_stage()
         if (run / "state.pt").exists():
@@ -134,15 +150,18 @@ class Trainer:
     # --- the loop
 
     def run_to_end(self, *, save_every_seconds: float = 300) -> None:
-        """Train through both stages; what was reached before counts. The best weights are in `run/best` at the end."""
+        """Train through all stages; what was reached before counts. The best weights are in `run/best` at the end."""
         while self.stage_index < len(STAGES):
             stage = STAGES[self.stage_index]
             while self.epoch < self._epochs(stage) and self._patient(stage):
                 self._train_epoch(stage, save_every_seconds)
-            self.stage_index, self.epoch = self.stage_index + 1, 0
-            if self.stage_index < len(STAGES):
-                self._begin_stage()
-            self._save()
+            self._next_stage()
+
+    def _next_stage(self) -> None:
+        self.stage_index, self.epoch = self.stage_index + 1, 0
+        if self.stage_index < len(STAGES):
+            self._begin_stage()
+        self._save()
 
     def _train_epoch(self, stage: Stage, save_every_seconds: float) -> None:
         batches = self._batches(stage)
@@ -154,7 +173,7 @@ class Trainer:
             for step in range(self.step, len(batches)):
                 torch.manual_seed(hash((self.config.seed, self.stage_index, self.epoch, step)) % 2**63)
                 self._set_learning_rate(stage, (self.epoch + step / len(batches)) / self._epochs(stage))
-                loss = self._cross_entropy(batches[step]) if stage == "captions" else self._self_critical(batches[step])
+                loss = self._loss(stage, batches[step])
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.net.parameters(), self.config.gradient_clip)
@@ -179,21 +198,29 @@ class Trainer:
         return average.lerp(new, 1 - min(self.config.average, (1 + int(steps)) / (10 + int(steps))))
 
     def _epochs(self, stage: Stage) -> int:
-        return self.config.epochs if stage == "captions" else self.config.cider_epochs
+        config = self.config
+        return {"captions": config.epochs, "cider": config.cider_epochs, "interpolation": config.interpolation_epochs}[stage]
 
     def _patient(self, stage: Stage) -> bool:
         """Has one of the stage's last epochs been its best?"""
         reached = [row["CIDEr"] for row in self.log if row["stage"] == stage]
         return len(reached) - 1 - max(range(len(reached)), key=reached.__getitem__, default=0) < self.config.patience
 
-    def _begin_stage(self) -> None:
-        """Every stage starts from the best weights so far, with a new optimizer."""
+    def _begin_stage(self, targets: list[list[int]] | None = None) -> None:
+        """Every stage starts from the best weights so far, with a new optimizer.
+
+        targets: of the interpolation, where it has begun before.
+        """
         if "weights" in self.best:
             self.net.load_state_dict(self.best["weights"])
             self.averaged.load_state_dict(self.best["weights"])
         self.average.n_averaged.zero_()
-        critical = STAGES[self.stage_index] == "cider"
-        rate = self.config.cider_learning_rate if critical else self.config.learning_rate
+        stage, config = STAGES[self.stage_index], self.config
+        rate = {
+            "captions": config.learning_rate,
+            "cider": config.cider_learning_rate,
+            "interpolation": config.interpolation_learning_rate,
+        }[stage]
         encoder_rate = self.config.encoder_learning_rate * (rate / self.config.learning_rate)
         groups = []
         for module, base in ((self.net.decoder, rate), (self.net.encoder, encoder_rate)):
@@ -205,10 +232,12 @@ class Trainer:
                 ):
                     groups.append({"params": chosen, "base": base, "weight_decay": decay})
         self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))
-        if critical and self.config.cider_epochs:
+        if stage != "captions" and self._epochs(stage):
             # The end counts as a word, or captions learn to stop in the middle: "a man in a".
             end = self.vocabulary.end
             self.reward = CiderReward([[[*tokens, end] for tokens in texts] for texts in self.tokens])
+        if stage == "interpolation" and self._epochs(stage):
+            self.targets = targets or self._best_of_beam()
 
     def _set_learning_rate(self, stage: Stage, progress: float) -> None:
         """progress: 0 at the first step of the stage, 1 after its last."""
@@ -222,6 +251,12 @@ class Trainer:
     def _batches(self, stage: Stage) -> list[Tensor]:
         """Numbers of captions (cross-entropy) or of photos (self-critical) for each step of this epoch."""
         chance = torch.Generator().manual_seed(self.config.seed * 1000 + self.epoch)
+        if stage == "interpolation":  # each photo as often as it has views
+            return list(
+                (torch.randperm(len(self.tokens) * self.config.views, generator=chance) % len(self.tokens)).split(
+                    self.config.batch
+                )
+            )
         if stage == "cider":
             return list(torch.randperm(len(self.tokens), generator=chance).split(self.config.cider_batch))
         if self.fine_tuned:  # all captions of a photo together, so that it passes the encoder once
@@ -233,8 +268,11 @@ class Trainer:
         batches = key.argsort().split(self.config.batch)
         return [batches[n] for n in torch.randperm(len(batches), generator=chance)]
 
-    def _features(self, photos: Tensor) -> Tensor:
-        """Rows of the training split (B,) to standardised features (B, 2048) of a random view of each."""
+    def _features(self, photos: Tensor, noise: float = 0.0) -> Tensor:
+        """Rows of the training split (B,) to standardised features (B, 2048) of a random view of each.
+
+        noise: how many times what saving a photo once more did to another one's features is added to each, at most.
+        """
         unique, place = photos.unique(return_inverse=True)
         view = torch.randint(self.config.views, (len(unique),))
         if self.net.encoder is not None:
@@ -246,21 +284,36 @@ class Trainer:
             features = torch.empty(len(unique), self.model.decoder.feature_size)
             for number in view.unique().tolist():
                 features[view == number] = self.train_split.views[number][unique[view == number]]
+        if noise and len(self.noise):
+            times = torch.empty(len(unique), 1).uniform_(-noise, noise)
+            added = times * self.noise[torch.randint(len(self.noise), (len(unique),))]
+            features = (features + added.to(features.device)).clamp(min=0)  # they are means of what a ReLU lets pass
         return ((features.to(self.device) - self.mean) / self.std)[place.to(self.device)]
 
-    # --- the two losses
+    # --- the losses
 
-    def _cross_entropy(self, batch: Tensor) -> Tensor:
+    def _loss(self, stage: Stage, batch: Tensor) -> Tensor:
+        if stage == "cider":
+            return self._self_critical(batch)
+        if stage == "interpolation":
+            rows = [(photo, self.targets[photo]) for photo in batch.tolist()]
+            return self._cross_entropy(rows, noise=self.config.interpolation_noise)
         rows = [self.captions[number] for number in batch.tolist()]
+        return self._cross_entropy(rows, label_smoothing=self.config.label_smoothing)
+
+    def _cross_entropy(
+        self, rows: Sequence[tuple[int, list[int]]], *, label_smoothing: float = 0.0, noise: float = 0.0
+    ) -> Tensor:
+        """rows: photos and their captions' tokens."""
         end = self.vocabulary.end_index
         length = max(len(tokens) for _, tokens in rows) + 1
         targets = torch.tensor([[*tokens, end, *[-100] * (length - 1 - len(tokens))] for _, tokens in rows])  # (B, T)
         inputs = torch.cat([torch.full((len(rows), 1), self.start), targets[:, :-1].clamp(min=0)], 1)
-        features = self._features(torch.tensor([photo for photo, _ in rows]))
+        features = self._features(torch.tensor([photo for photo, _ in rows]), noise)
         with self._autocast():
             logits = self.net.decoder(features, inputs.to(self.device))
         targets = targets.to(self.device).flatten()
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets, label_smoothing=self.config.label_smoothing)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets, label_smoothing=label_smoothing)
 
     def _self_critical(self, photos: Tensor) -> Tensor:
         """Rennie et al. 2017, "Self-critical Sequence Training for Image Captioning".
@@ -316,6 +369,21 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
+    def _best_of_beam(self) -> list[list[int]]:
+        """The tokens of each training photo's caption of highest CIDEr, of those that the model finds for it.
+
+        Kim and Rush 2016, "Sequence-Level Knowledge Distillation", section 3.3: what is learned from them is one way to
+        put it for each photo, where people have five and cross-entropy lets close calls stand.
+        """
+        penalty, _ = self._best_length_penalty()
+        targets = []
+        with tqdm(total=len(self.tokens), desc="the model's own captions", unit="photo") as bar:
+            for photo, found in enumerate(self._search(self.train_split, self.config.interpolation_beam_size, penalty)):
+                tokens = max((list(one.tokens) for one in found), key=lambda t: self.reward(photo, self._words(t)))
+                targets.append([token for token in tokens if token != self.vocabulary.end_index])
+                bar.update()
+        return targets
+
     # --- dev
 
     def _judge(self, length_penalty: float = 0.0) -> dict[str, float]:
@@ -324,32 +392,40 @@ class Trainer:
         found = scores(references, {n: [" ".join(c)] for n, c in enumerate(self.caption_dev(length_penalty))})
         return {name: found.metrics[name] for name in ("BLEU-4", "CIDEr")}
 
-    @torch.inference_mode()
+    def _best_length_penalty(self) -> tuple[float, dict[str, float]]:
+        """The one that suits dev best, and the scores with it."""
+        tried = {penalty: self._judge(penalty) for penalty in LENGTH_PENALTIES}
+        best = max(tried, key=lambda penalty: tried[penalty]["CIDEr"])
+        return best, tried[best]
+
     def caption_dev(self, length_penalty: float = 0.0) -> list[list[str]]:
         """The best caption, as tokens, for each photo of dev."""
-        decoder = self.averaged.decoder.eval()
-        search = Search(self.start, self.config.beam_size, self.model.search.max_length, length_penalty)
         captions = []
-        for features in self._dev_features():
-            features = (features.to(self.device) - self.mean) / self.std
-            found = beam_search(
-                decoder, features, [search] * len(features), end_token=self.vocabulary.end_index, forbidden=self.forbidden
-            )
-            for hypotheses in found:
-                tokens = self.vocabulary.decode(hypotheses[0].tokens)
-                captions.append(tokens[:-1] if tokens[-1] == self.vocabulary.end else tokens)
+        for found in self._search(self.dev_split, self.config.beam_size, length_penalty):
+            tokens = self.vocabulary.decode(found[0].tokens)
+            captions.append(tokens[:-1] if tokens[-1] == self.vocabulary.end else tokens)
         return captions
 
-    def _dev_features(self) -> Iterator[Tensor]:
-        rows = torch.arange(len(self.dev_split.examples)).split(DEV_BATCH)
+    def _search(self, split: Split, beam_size: int, length_penalty: float) -> Iterator[list[Hypothesis]]:
+        """What the averaged weights find for each photo, best first."""
+        decoder = standardized(self.averaged.decoder, self.mean, self.std)
+        expander = TorchExpander(fold(weights_of(decoder), self.forbidden), self.device)
+        wanted = Search(self.start, beam_size, self.model.search.max_length, length_penalty)
+        for features in self._served_features(split):
+            yield from search(expander, features.numpy(), [wanted] * len(features), end_token=self.vocabulary.end_index)
+
+    @torch.inference_mode()
+    def _served_features(self, split: Split) -> Iterator[Tensor]:
+        """Batches of the features (B, 2048) of a split's photos as they are served."""
+        rows = torch.arange(len(split.examples)).split(SEARCH_BATCH)
         if self.averaged.encoder is None:
-            yield from (self.dev_split.views[0][part] for part in rows)
+            yield from (split.views[0][part] for part in rows)
             return
         encoder = self.averaged.encoder.eval()
-        photos = Photos([e.path for e in self.dev_split.examples], self.model.preprocessing)
+        photos = Photos([e.path for e in split.examples], self.model.preprocessing)
         for part in rows:
             images = torch.stack(list(self.pool.map(photos.__getitem__, part.tolist()))).to(self.device)
-            yield encode(encoder, images, self.model.preprocessing)
+            yield encode(encoder, images, self.model.preprocessing).cpu()
 
     # --- what is kept
 
@@ -365,6 +441,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "log": self.log,
             "best": self.best,
+            "targets": self.targets,
         }
         write_atomically(self.run / "state.pt", lambda part: torch.save(state, part))
         lines = "".join(json.dumps(row) + "\n" for row in self.log)
@@ -375,7 +452,7 @@ class Trainer:
         self.stage_index, self.epoch, self.step, self.total = (state[k] for k in ("stage_index", "epoch", "step", "total"))
         self.log, self.best = state["log"], state["best"]
         if self.stage_index < len(STAGES):
-            self._begin_stage()
+            self._begin_stage(state["targets"])
             self.optimizer.load_state_dict(state["optimizer"])
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])
@@ -384,15 +461,14 @@ class Trainer:
     def export(self, directory: Path) -> tuple[str, dict[str, float]]:
         """Write the best weights as a checkpoint, with the length penalty that suits dev. Its digest, and dev's scores."""
         self.averaged.load_state_dict(self.best["weights"])
-        tried = {penalty: self._judge(penalty) for penalty in LENGTH_PENALTIES}
-        penalty = max(tried, key=lambda p: tried[p]["CIDEr"])
+        penalty, reached = self._best_length_penalty()
         decoder = standardized(self.averaged.decoder, self.mean, self.std)
         model = self.model.model_copy(
             update={"search": SearchConfig(**{**self.model.search.model_dump(), "length_penalty": penalty})}
         )
         encoder = self.averaged.encoder or self.encoder_path
         digest = save_checkpoint(directory, config=model, vocabulary=self.vocabulary, decoder=decoder, encoder=encoder)
-        return digest, {"length_penalty": penalty, **tried[penalty]}
+        return digest, {"length_penalty": penalty, **reached}
 
 
 def grow(decoder: Decoder, smaller: Decoder) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import scripts.features as features
 from handler.captioner import Captioner
 from handler.checkpoint import Checkpoint
-from handler.config import PreprocessingConfig
-from scripts.features import FeatureCache, augmented, cached_features
+from handler.config import ImageLimits, PreprocessingConfig
+from handler.image import decode
+from scripts.features import RESAVED, FeatureCache, Photos, augmented, cached_features, saved_once_more
 from scripts.toy_dataset import make
+from tests.conftest import SAMPLES
 
 SIZE = PreprocessingConfig(size=64)
 
@@ -79,3 +82,12 @@ def test_views(photo) -> None:
     crop = augmented(photo, "a", 2)
     assert crop.tobytes() == augmented(photo, "a", 2).tobytes() != augmented(photo, "a", 3).tobytes()
     assert 0.5 < crop.width * crop.height / (90 * 60) <= 1
+
+
+def test_saved_once_more_it_is_the_same_photo_in_other_pixels() -> None:
+    again = saved_once_more(SAMPLES[0])
+    assert again == saved_once_more(SAMPLES[0]) != SAMPLES[0].read_bytes()
+    before, after = (np.asarray(decode(data, ImageLimits()).image, float) for data in (SAMPLES[0].read_bytes(), again))
+    assert 0 < np.abs(before - after).mean() < 8
+    plain, resaved = (Photos([SAMPLES[0]], SIZE, view)[0].float() for view in (0, RESAVED))
+    assert 0 < (plain - resaved).abs().mean() < 8

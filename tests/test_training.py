@@ -40,7 +40,8 @@ def a_split(photos: int, seed: int) -> Split:
     captions = [
         (f"a {WORDS[c]} thing that is {WORDS[s]}", f"{WORDS[s]} and {WORDS[c]}") for c, s in zip(colour, shape, strict=True)
     ]
-    return Split([Example(Path("none"), texts) for texts in captions], [FeatureCache([features])])
+    resaved = FeatureCache([features[:5] + chance.normal(0, 0.1, (5, 2048)).astype(np.float16)])
+    return Split([Example(Path("none"), texts) for texts in captions], [FeatureCache([features])], resaved)
 
 
 VOCABULARY = Vocabulary.build([["a", "thing", "that", "is", "and", *WORDS]], min_count=1)
@@ -102,15 +103,55 @@ def test_self_critical_training_raises_the_reward(tmp_path: Path, encoder_path: 
     assert max(row["CIDEr"] for row in trainer.log if row["stage"] == "cider") > before
 
 
+def test_interpolation_settles_on_one_of_two_ways_to_say_it(tmp_path: Path, encoder_path: Path) -> None:
+    """Of the model's own captions the one that people's agree with most is learned, and then none comes near it."""
+    trainer = a_trainer(
+        tmp_path,
+        encoder_path,
+        epochs=16,
+        cider_epochs=0,
+        interpolation_epochs=30,
+        interpolation_learning_rate=1e-2,
+        patience=99,
+    )
+
+    def lead() -> float:
+        """How much likelier the best caption of a photo is than the second, on average."""
+        found = [f for f in trainer._search(trainer.train_split, 3, 0.0) if len(f) > 1]
+        return float(np.mean([first.score - second.score for first, second, *_ in found]))
+
+    while trainer.stage_index < 2:
+        trainer._train_epoch("captions", 300) if trainer.epoch < 16 else trainer._next_stage()
+    before, judged = lead(), trainer._judge()["CIDEr"]
+    assert len(trainer.targets) == len(trainer.tokens)
+    for photo, found in enumerate(trainer._search(trainer.train_split, 5, trainer._best_length_penalty()[0])):
+        rewards = [trainer.reward(photo, trainer._words(one.tokens)) for one in found]
+        chosen = [*trainer.targets[photo], VOCABULARY.end_index]
+        assert trainer.reward(photo, trainer._words(chosen)) == max(rewards)
+    trainer.run_to_end()
+    assert lead() > before + 1
+    assert trainer.best["CIDEr"] >= judged
+
+
+def test_noise_is_what_saving_once_more_does_to_features(tmp_path: Path, encoder_path: Path) -> None:
+    trainer, photos = a_trainer(tmp_path, encoder_path), torch.arange(40)
+    plain = trainer._features(photos)
+    assert torch.equal(plain, trainer._features(photos))
+    at_most = 2 * trainer.noise.abs().max(0).values / trainer.std
+    added = (trainer._features(photos, noise=2.0) - plain).abs()
+    assert (added <= at_most + 1e-4).all()
+    assert (added.amax(1) > 0).all()
+
+
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("interrupted_at", [3, 60, 66])
+@pytest.mark.parametrize("interrupted_at", [3, 60, 66, 75])
 def test_an_interrupted_run_reaches_the_same_numbers(
     tmp_path: Path, encoder_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at: int
 ) -> None:
-    whole = a_trainer(tmp_path / "whole", encoder_path)
+    whole = a_trainer(tmp_path / "whole", encoder_path, interpolation_epochs=2)
     whole.run_to_end()
 
     steps = 0
@@ -123,13 +164,13 @@ def test_an_interrupted_run_reaches_the_same_numbers(
             raise Killed
         plain(self, *arguments)
 
-    broken = a_trainer(tmp_path / "broken", encoder_path)
+    broken = a_trainer(tmp_path / "broken", encoder_path, interpolation_epochs=2)
     monkeypatch.setattr(Trainer, "_set_learning_rate", failing)
     with pytest.raises(Killed):
         broken.run_to_end(save_every_seconds=0)
     monkeypatch.setattr(Trainer, "_set_learning_rate", plain)
     torch.manual_seed(99)
-    resumed = a_trainer(tmp_path / "broken", encoder_path)
+    resumed = a_trainer(tmp_path / "broken", encoder_path, interpolation_epochs=2)
     resumed.run_to_end()
     assert without_times(resumed.log) == without_times(whole.log)
     for name, value in whole.best["weights"].items():
