@@ -57,7 +57,7 @@ class OpenVinoExpander:
     """The folded decoder as two graphs: one product a step for all captions, and one call from Python."""
 
     def __init__(self, folded: Folded[np.ndarray], *, precision: str, threads: int) -> None:
-        """precision: `f32` or `bf16`, of the product alone. OpenVINO leaves what follows the last product in float32."""
+        """precision: `f32` or `bf16`, of what the product multiplies. Its sums and all else are float32."""
         self._start = _compiled(_start_graph(folded), "f32", threads).create_infer_request()
         step = _compiled(_step_graph(folded), precision, threads)
         # Each reads the state that the other has written, in place.
@@ -106,7 +106,9 @@ def _step_graph(folded: Folded[np.ndarray]) -> openvino.Model:
     rows, tokens = op.parameter([-1], np.int32), op.parameter([-1], np.int32)
     gates = op.add(op.gather(recurrent, rows, 0), op.gather(_constant(folded.table), tokens, 0))
     hidden, new_cell = _lstm(gates, op.gather(cell, rows, 0))
-    product = _affine(hidden, folded.product, folded.product_bias)
+    # OpenVINO would round a product of bf16 to bf16, the logits too. A clamp that clamps nothing becomes part of the product
+    # and, as what follows the last product, has it written in float32.
+    product = op.clamp(_affine(hidden, folded.product, folded.product_bias), -1e30, 1e30)
     new_recurrent, logits = op.variadic_split(product, 1, np.array([gate_size, words])).outputs()
     # Not ReduceLogSumExp, which does not subtract the greatest first and overflows.
     greatest = op.reduce_max(logits, np.array([1]), True)

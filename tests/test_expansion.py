@@ -93,3 +93,19 @@ def test_in_bfloat16_no_step_is_off_by_more_than_its_rounding() -> None:
         rounded_gains, _, rounded_state = rounded.expand(rounded_state, at, of, 5)
         assert rounded_gains == pytest.approx(gains, abs=0.04)
         of = words[:, 0]
+
+
+def test_in_bfloat16_close_words_are_told_apart_however_large_the_logits() -> None:
+    """The sums are not rounded: near 200 two neighbours of bfloat16 are 1 apart, and many words would tie."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -r requirements/serve.txt")
+    from handler.openvino_engine import OpenVinoExpander
+
+    plain = fold(weights_of(DECODER), FORBIDDEN)
+    raised = plain._replace(product_bias=plain.product_bias + np.where(np.arange(len(plain.product_bias)) < 4 * 16, 0, 200))
+    raised = raised._replace(product_bias=raised.product_bias.astype(np.float32))
+    found = []
+    for folded in (plain, raised):
+        expander = OpenVinoExpander(folded, precision="bf16", threads=1)
+        found.append(expander.expand(expander.start(features(4, 2)), np.arange(4), np.full(4, START), 10)[0])
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+    assert (np.diff(found[1]) < 0).all()
