@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,9 @@ class TrainConfig(Config):
     )
     interpolation_learning_rate: float = Field(default=1e-3, gt=0)
     interpolation_beam_size: int = Field(default=5, ge=1, le=10, description="of the search for the model's own captions")
+    interpolation_share: float = Field(
+        default=0.5, gt=0, le=1, description="of that caption; the rest is what was likely before"
+    )
     interpolation_noise: float = Field(
         default=2.0, ge=0, description="times what saving a photo once more does to its features"
     )
@@ -82,6 +85,19 @@ class Split:
     """Features of each view of the photos; view 0 is the photos as they are served."""
     resaved: FeatureCache | None = None
     """Features of the first of the photos, each saved once more as a JPEG."""
+
+
+class Forced(NamedTuple):
+    """What the decoder says to B captions of T tokens at most, each token given those before it."""
+
+    features: Tensor
+    """(B, 2048), standardised"""
+    inputs: Tensor
+    """(B, T)"""
+    targets: Tensor
+    """(B * T,): the next tokens, -100 behind the end"""
+    logits: Tensor
+    """(B * T, V)"""
 
 
 class Net(nn.Module):
@@ -138,7 +154,6 @@ class Trainer:
         self.averaged = cast(Net, self.average.module)
         self.log: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"CIDEr": -1.0}
-        self.targets: list[list[int]] = []
         self.stage_index, self.epoch, self.step, self.total = 0, 0, 0, 0.0
         self._begin_stage()
         if (run / "state.pt").exists():
@@ -206,14 +221,15 @@ class Trainer:
         reached = [row["CIDEr"] for row in self.log if row["stage"] == stage]
         return len(reached) - 1 - max(range(len(reached)), key=reached.__getitem__, default=0) < self.config.patience
 
-    def _begin_stage(self, targets: list[list[int]] | None = None) -> None:
+    def _begin_stage(self, begun: Mapping[str, Tensor] | None = None) -> None:
         """Every stage starts from the best weights so far, with a new optimizer.
 
-        targets: of the interpolation, where it has begun before.
+        begun: what it started from, where it goes on.
         """
-        if "weights" in self.best:
-            self.net.load_state_dict(self.best["weights"])
-            self.averaged.load_state_dict(self.best["weights"])
+        self.begun = begun or self.best.get("weights")
+        if self.begun:
+            self.net.load_state_dict(self.begun)
+            self.averaged.load_state_dict(self.begun)
         self.average.n_averaged.zero_()
         stage, config = STAGES[self.stage_index], self.config
         rate = {
@@ -237,7 +253,8 @@ class Trainer:
             end = self.vocabulary.end
             self.reward = CiderReward([[[*tokens, end] for tokens in texts] for texts in self.tokens])
         if stage == "interpolation" and self._epochs(stage):
-            self.targets = targets or self._best_of_beam()
+            self.before = copy.deepcopy(self.averaged.decoder).eval()
+            self.targets = self._best_of_beam()
 
     def _set_learning_rate(self, stage: Stage, progress: float) -> None:
         """progress: 0 at the first step of the stage, 1 after its last."""
@@ -296,24 +313,36 @@ class Trainer:
         if stage == "cider":
             return self._self_critical(batch)
         if stage == "interpolation":
-            rows = [(photo, self.targets[photo]) for photo in batch.tolist()]
-            return self._cross_entropy(rows, noise=self.config.interpolation_noise)
-        rows = [self.captions[number] for number in batch.tolist()]
-        return self._cross_entropy(rows, label_smoothing=self.config.label_smoothing)
+            return self._interpolation(batch)
+        forced = self._forced([self.captions[number] for number in batch.tolist()])
+        return F.cross_entropy(forced.logits, forced.targets, label_smoothing=self.config.label_smoothing)
 
-    def _cross_entropy(
-        self, rows: Sequence[tuple[int, list[int]]], *, label_smoothing: float = 0.0, noise: float = 0.0
-    ) -> Tensor:
-        """rows: photos and their captions' tokens."""
+    def _forced(self, rows: Sequence[tuple[int, list[int]]], noise: float = 0.0) -> Forced:
+        """rows: photos and their captions' tokens, without the end token."""
         end = self.vocabulary.end_index
         length = max(len(tokens) for _, tokens in rows) + 1
         targets = torch.tensor([[*tokens, end, *[-100] * (length - 1 - len(tokens))] for _, tokens in rows])  # (B, T)
-        inputs = torch.cat([torch.full((len(rows), 1), self.start), targets[:, :-1].clamp(min=0)], 1)
+        inputs = torch.cat([torch.full((len(rows), 1), self.start), targets[:, :-1].clamp(min=0)], 1).to(self.device)
         features = self._features(torch.tensor([photo for photo, _ in rows]), noise)
         with self._autocast():
-            logits = self.net.decoder(features, inputs.to(self.device))
-        targets = targets.to(self.device).flatten()
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets, label_smoothing=label_smoothing)
+            logits = self.net.decoder(features, inputs)
+        return Forced(features, inputs, targets.to(self.device).flatten(), logits.flatten(0, 1).float())
+
+    def _interpolation(self, photos: Tensor) -> Tensor:
+        """Kim and Rush 2016, "Sequence-Level Knowledge Distillation", section 3.3, of the model by itself.
+
+        For each photo one caption is learned, the best that the model found, where people have five and cross-entropy lets
+        close calls stand. Learned alone it would make the model sure of everything, so a part of what is learned is how
+        likely the model found each word (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network").
+        """
+        rows = [(photo, self.targets[photo]) for photo in photos.tolist()]
+        forced, share = self._forced(rows, self.config.interpolation_noise), self.config.interpolation_share
+        with torch.no_grad(), self._autocast():
+            before = self.before(forced.features, forced.inputs).flatten(0, 1).float().softmax(1)
+        live = forced.targets >= 0
+        return share * F.cross_entropy(forced.logits, forced.targets) + (1 - share) * F.cross_entropy(
+            forced.logits[live], before[live]
+        )
 
     def _self_critical(self, photos: Tensor) -> Tensor:
         """Rennie et al. 2017, "Self-critical Sequence Training for Image Captioning".
@@ -370,11 +399,7 @@ class Trainer:
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
     def _best_of_beam(self) -> list[list[int]]:
-        """The tokens of each training photo's caption of highest CIDEr, of those that the model finds for it.
-
-        Kim and Rush 2016, "Sequence-Level Knowledge Distillation", section 3.3: what is learned from them is one way to
-        put it for each photo, where people have five and cross-entropy lets close calls stand.
-        """
+        """The tokens of each training photo's caption of highest CIDEr, of those that the model finds for it."""
         penalty, _ = self._best_length_penalty()
         targets = []
         with tqdm(total=len(self.tokens), desc="the model's own captions", unit="photo") as bar:
@@ -441,7 +466,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "log": self.log,
             "best": self.best,
-            "targets": self.targets,
+            "begun": self.begun,
         }
         write_atomically(self.run / "state.pt", lambda part: torch.save(state, part))
         lines = "".join(json.dumps(row) + "\n" for row in self.log)
@@ -452,7 +477,7 @@ class Trainer:
         self.stage_index, self.epoch, self.step, self.total = (state[k] for k in ("stage_index", "epoch", "step", "total"))
         self.log, self.best = state["log"], state["best"]
         if self.stage_index < len(STAGES):
-            self._begin_stage(state["targets"])
+            self._begin_stage(state["begun"])
             self.optimizer.load_state_dict(state["optimizer"])
         self.net.load_state_dict(state["net"])
         self.average.load_state_dict(state["average"])

@@ -124,6 +124,22 @@ def test_interpolation_learns_the_best_of_the_models_own_captions(tmp_path: Path
     assert trainer.best["CIDEr"] >= judged
 
 
+def test_interpolation_with_what_was_likely_before_leaves_doubt_where_there_was_some(
+    tmp_path: Path, encoder_path: Path
+) -> None:
+    """People say it in two ways; learned alone, the chosen one would make the model sure of it."""
+    likelihoods = {}
+    for share in (0.3, 1.0):
+        trainer = a_trainer(
+            tmp_path / str(share), encoder_path, epochs=16, cider_epochs=0, interpolation_epochs=30, interpolation_share=share,
+            interpolation_learning_rate=1e-2, patience=99,
+        )  # fmt: skip
+        trainer.run_to_end()
+        found = [one[0] for one in trainer._search(trainer.train_split, 3, 0.0)]
+        likelihoods[share] = float(np.exp([np.mean(one.log_likelihoods) for one in found]).mean())
+    assert likelihoods[0.3] < likelihoods[1.0] - 0.1
+
+
 def test_noise_is_what_saving_once_more_does_to_features(tmp_path: Path, encoder_path: Path) -> None:
     trainer, photos = a_trainer(tmp_path, encoder_path), torch.arange(40)
     plain = trainer._features(photos)
