@@ -131,7 +131,10 @@ def test_words_are_tinted_by_their_probability(open_page: Any, edge: Edge) -> No
     words = first.locator(".caption").first.locator(".word")
     doubts = [float(d) for d in words.evaluate_all("all => all.map(w => w.style.getPropertyValue('--doubt'))")]
     assert len(doubts) == len(probabilities) > 3
-    assert sorted(doubts) == [doubt for _, doubt in sorted(zip(probabilities, doubts, strict=True), reverse=True)]
+    # The likelier, the less doubt; of words that show the same percentage either may be the likelier.
+    assert sorted(doubts) == [
+        d for _, d in sorted(zip(probabilities, doubts, strict=True), key=lambda pair: (-pair[0], pair[1]))
+    ]
     colours = words.evaluate_all("all => all.map(w => getComputedStyle(w).backgroundColor)")
     assert len(set(colours)) > 1
 
