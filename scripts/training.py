@@ -269,11 +269,8 @@ class Trainer:
         """Numbers of captions (cross-entropy) or of photos (self-critical) for each step of this epoch."""
         chance = torch.Generator().manual_seed(self.config.seed * 1000 + self.epoch)
         if stage == "interpolation":  # each photo as often as it has views
-            return list(
-                (torch.randperm(len(self.tokens) * self.config.views, generator=chance) % len(self.tokens)).split(
-                    self.config.batch
-                )
-            )
+            photos = torch.randperm(len(self.tokens) * self.config.views, generator=chance) % len(self.tokens)
+            return list(photos.split(self.config.batch))
         if stage == "cider":
             return list(torch.randperm(len(self.tokens), generator=chance).split(self.config.cider_batch))
         if self.fine_tuned:  # all captions of a photo together, so that it passes the encoder once

@@ -244,7 +244,8 @@ def train_command(run: Path, toy: Path, encoder: Path) -> list[str]:
     return [
         *(sys.executable, "-m", "scripts.train", str(run), "--images", str(toy / "photos")),
         *("--captions", str(toy / "captions.csv"), "--cache", str(toy / "features"), "--encoder", str(encoder)),
-        *("--size", "64", "--min-count", "1", "--epochs", "30", "--cider-epochs", "2", "--batch", "8", "--patience", "99"),
+        *("--size", "64", "--min-count", "1", "--batch", "8", "--patience", "99"),
+        *("--epochs", "30", "--cider-epochs", "2", "--interpolation-epochs", "1"),
         *("--hidden-size", "32", "--embedding-size", "32"),
     ]
 
