@@ -7,13 +7,15 @@ found; the search of an image stops once `beam` captions are found. A caption's 
 With a length penalty a > 0 the score is log-likelihood / ((5 + n) / 6) ** a for n generated tokens (Wu et al. 2016,
 "Google's Neural Machine Translation System", without the coverage term), and a live caption is given up only when it cannot
 come to beat the `beam` best found ones.
+
+`handler.openvino_search` does the same in one call, for CPUs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -53,8 +55,14 @@ class Hypothesis:
     score: float
 
 
-class _Step(NamedTuple):
-    """The captions kept in one step, over all images: N of them."""
+class Searcher(Protocol):
+    def __call__(self, features: np.ndarray, searches: Sequence[Search]) -> list[list[Hypothesis]]:
+        """Features (B, 2048), float32, and what to search for each to the found captions of each, best first."""
+        ...
+
+
+class Step(NamedTuple):
+    """The captions kept in one step, N of them: over all images, or of one."""
 
     parent: list[int]
     """(N,) which caption of the step before was extended"""
@@ -64,10 +72,12 @@ class _Step(NamedTuple):
     """(N,) log-likelihood of the token"""
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     score: float
     step: int
+    """From 1 on, so that it is the number of tokens."""
     place: int
+    """Among those that the step kept."""
 
 
 def beam_search(
@@ -86,7 +96,10 @@ def beam_search(
 def search(
     expander: Expander[State], features: np.ndarray, searches: Sequence[Search], *, end_token: int
 ) -> list[list[Hypothesis]]:
-    """The same with a decoder of any kind. Of beams, the arrays are small: numpy takes a fraction of torch's time a call."""
+    """The same with a decoder of any kind; the 2 x beam size best of what was found.
+
+    Of beams, the arrays are small: numpy takes a fraction of torch's time a call.
+    """
     if len(features) == 0:
         return []
     images, width = len(searches), max(wanted.beam_size for wanted in searches)
@@ -102,12 +115,11 @@ def search(
     place = np.arange(images)  # among those that the last step kept
     total = np.zeros(images, dtype=np.float32)
 
-    history: list[_Step] = []
-    found: list[list[_Found]] = [[] for _ in searches]
+    history: list[Step] = []
+    found: list[list[Found]] = [[] for _ in searches]
     while len(token):
         gains, words, state = expander.expand(state, row, token, width)  # (R, W) each
         ranks = gains.shape[1]
-        gains = np.where(beyond[image, :ranks], -np.inf, gains)
         grid = np.full((images, width, ranks), -np.inf, dtype=np.float32)
         grid[image, slot] = total[:, None] + gains
         totals = grid.reshape(images, width * ranks)
@@ -121,17 +133,20 @@ def search(
         at = chosen[image, slot]
         row, rank = row_at[image, at // ranks], at % ranks
         total, token = totals[image, slot], words[row, rank]
-        history.append(_Step(place[row].tolist(), token.tolist(), gains[row, rank].tolist()))
+        history.append(Step(place[row].tolist(), token.tolist(), gains[row, rank].tolist()))
 
         ended = (token == end_token) | (len(history) == max_lengths[image])
         place = _live(found, searches, len(history), image, total, ended).nonzero()[0]
         image, slot, token, total, row = image[place], slot[place], token[place], total[place], row[place]
 
-    return [[_trace(history, end) for end in sorted(ends, key=lambda end: -end.score)] for ends in found]
+    return [
+        [trace(history, end) for end in sorted(ends, key=lambda end: -end.score)[: 2 * wanted.beam_size]]
+        for ends, wanted in zip(found, searches, strict=True)
+    ]
 
 
 def _live(
-    found: list[list[_Found]],
+    found: list[list[Found]],
     searches: Sequence[Search],
     length: int,
     image: np.ndarray,
@@ -141,7 +156,7 @@ def _live(
     """Add the captions that ended in this step to `found`; say which of the kept ones (N,) are worth going on with."""
     for place in ended.nonzero()[0].tolist():
         number = int(image[place])
-        found[number].append(_Found(searches[number].score(float(total[place]), length), length, place))
+        found[number].append(Found(searches[number].score(float(total[place]), length), length, place))
     live = ~ended
     for number, wanted in enumerate(searches):
         if len(found[number]) < wanted.beam_size:
@@ -157,7 +172,7 @@ def _live(
     return live
 
 
-def _trace(history: list[_Step], end: _Found) -> Hypothesis:
+def trace(history: Sequence[Step], end: Found) -> Hypothesis:
     """Follow the parents back from the end of a caption to its first token."""
     tokens, gains, place = [], [], end.place
     for step in reversed(history[: end.step]):

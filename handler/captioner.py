@@ -7,16 +7,16 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from handler.beam_search import Hypothesis, Search, search
+from handler.beam_search import Hypothesis, Search, Searcher, search
 from handler.checkpoint import Checkpoint, load_checkpoint, read_manifest
 from handler.config import DecodingConfig, ImageLimits, LanguageConfig, ServingConfig
 from handler.engine import Engine, is_gpu, load_engine, openvino_precision
-from handler.expansion import Expander, fold
+from handler.expansion import fold
 from handler.isolation import ImageReader
 from handler.machine import available_cpus
 from handler.parameters import Parameters, parse_parameters
@@ -72,10 +72,14 @@ class Captioner:
         device: str = "cpu",
         engine: Engine | None = None,
         threads: int = 0,
+        threads_alone: int = 0,
         limits: ImageLimits | None = None,
         decoding: DecodingConfig | None = None,
     ) -> None:
-        """engine: what runs the encoder; default: torch in fp32. threads: of OpenVINO's search, 0 is all."""
+        """engine: what runs the encoder; default: torch in fp32.
+
+        threads, threads_alone: of OpenVINO's search, 0 is all; for an image that comes alone, where that is more.
+        """
         self.config = checkpoint.config
         self.vocabulary = checkpoint.vocabulary
         self.digest = checkpoint.digest
@@ -91,7 +95,7 @@ class Captioner:
         self.forbidden = list(self.vocabulary.never_generated)
         if self.config.search.suppress_unknown:
             self.forbidden.append(self.vocabulary.unknown_index)
-        self.expander = _expander(checkpoint, self.forbidden, engine, threads)
+        self.searcher = _searcher(checkpoint, self.forbidden, engine, threads, threads_alone)
 
     def warm_up(self) -> None:
         """Caption a grey image, alone and in a batch, so that no client waits for what is set up on first use."""
@@ -131,7 +135,7 @@ class Captioner:
         """The captions of encoded images (B, 2048), best first."""
         languages = [self._language(p) for p in parameters]
         searches = [self._search(p, language) for p, language in zip(parameters, languages, strict=True)]
-        found = search(self.expander, features, searches, end_token=self.vocabulary.end_index)
+        found = self.searcher(features, searches)
         return [
             self._captions(hypotheses, p, language)
             for hypotheses, p, language in zip(found, parameters, languages, strict=True)
@@ -203,25 +207,27 @@ def load_captioner(
         load_checkpoint(checkpoint, with_encoder=False),
         engine=engine,
         threads=threads,
+        threads_alone=serving.threads_alone,
         limits=serving.limits,
         decoding=serving.decoding,
     )
 
 
-def _expander(checkpoint: Checkpoint, forbidden: Sequence[int], engine: Engine, threads: int) -> Expander[Any]:
-    """The search's step on the engine's device, by the same library, and on CPUs in the same precision."""
-    folded = fold(checkpoint.weights, forbidden)
+def _searcher(checkpoint: Checkpoint, forbidden: Sequence[int], engine: Engine, threads: int, threads_alone: int) -> Searcher:
+    """The search on the engine's device, by the same library, and on CPUs in the same precision."""
+    folded, end_token = fold(checkpoint.weights, forbidden), checkpoint.vocabulary.end_index
     if engine.name.startswith("openvino"):
-        from handler.openvino_engine import OpenVinoExpander
+        from handler.openvino_search import OpenVinoSearch
 
-        return OpenVinoExpander(folded, precision=openvino_precision(engine.name), threads=threads)
+        precision = openvino_precision(engine.name)
+        return OpenVinoSearch(folded, end_token, precision=precision, threads=threads, threads_alone=threads_alone)
     if is_gpu(engine.device):
         from handler.cuda_graphs import RecordedExpander
 
-        return RecordedExpander(folded, engine.device)
+        return partial(search, RecordedExpander(folded, engine.device), end_token=end_token)
     from handler.torch_expansion import TorchExpander
 
-    return TorchExpander(folded, engine.device)
+    return partial(search, TorchExpander(folded, engine.device), end_token=end_token)
 
 
 def _milliseconds_since(began: float) -> float:

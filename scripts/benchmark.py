@@ -32,11 +32,11 @@ import requests
 import torch
 import yaml
 
-from handler.beam_search import Search, search
+from handler.beam_search import Search, Searcher, search
 from handler.captioner import Captioner
 from handler.checkpoint import load_checkpoint
 from handler.engine import automatic, is_gpu
-from handler.expansion import Expander, fold
+from handler.expansion import fold
 from handler.machine import available_cpus
 from handler.networks import load_encoder
 from handler.torch_engine import TorchEngine
@@ -120,23 +120,22 @@ def measure_search(
     photos = [captioner.prepare(path.read_bytes()).pixels for path in sorted((ROOT / "samples").glob("*.jpg"))]
     features = captioner.encode(photos)
     device = captioner.engine.device
+    end = loaded.vocabulary.end_index
     plain = PlainExpander(loaded.decoder.to(device), captioner.forbidden, device)
-    expanders: dict[str, Expander[Any]] = {"plain": plain}
+    searchers: dict[str, Searcher] = {"plain": partial(search, plain, end_token=end)}
     if is_gpu(device):
-        folded = fold(loaded.weights, captioner.forbidden)
-        expanders |= {"folded": TorchExpander(folded, device), "CUDA graph": captioner.expander}
+        folded = TorchExpander(fold(loaded.weights, captioner.forbidden), device)
+        searchers |= {"folded": partial(search, folded, end_token=end), "CUDA graph": captioner.searcher}
     else:
-        expanders |= {captioner.engine.name.split("-")[0]: captioner.expander}
-    settings, vocabulary = loaded.config.search, loaded.vocabulary
-    start = vocabulary.index[loaded.config.languages[0].start_token]
+        searchers |= {captioner.engine.name.split("-")[0]: captioner.searcher}
+    settings = loaded.config.search
+    start = loaded.vocabulary.index[loaded.config.languages[0].start_token]
     rows = []
-    for name, expander in expanders.items():
+    for name, searcher in searchers.items():
         for beam in beams:
             for batch in batches:
                 wanted = [Search(start, beam, settings.max_length, settings.length_penalty)] * batch
-                batched = features[np.arange(batch) % len(features)]
-
-                work = partial(search, expander, batched, wanted, end_token=vocabulary.end_index)
+                work = partial(searcher, features[np.arange(batch) % len(features)], wanted)
                 rows.append({"search": name, "beam": beam, "batch": batch, "ms": best_time(work, seconds) / batch})
     return rows
 

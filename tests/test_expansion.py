@@ -1,8 +1,9 @@
-"""The folded decoders do, step by step and caption by caption, what the decoder does as it was trained."""
+"""The folded decoders, and the search in one graph, do step by step and caption by caption what the plain ones do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from handler.beam_search import Search, search
+from handler.beam_search import Search, Searcher, search
 from handler.cuda_graphs import RecordedExpander
 from handler.expansion import Expander, fold
 from handler.networks import weights_of
@@ -22,23 +23,33 @@ VOCABULARY = 40
 DECODER = random_decoder(5, hidden=16, vocabulary=VOCABULARY)
 
 
-def by_openvino(precision: str = "f32") -> Expander[Any]:
-    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -r requirements/serve.txt")
-    from handler.openvino_engine import OpenVinoExpander
-
-    return OpenVinoExpander(fold(weights_of(DECODER), FORBIDDEN), precision=precision, threads=1)
-
-
 FOLDED: dict[str, Callable[[], Expander[Any]]] = {
     "torch": lambda: TorchExpander(fold(weights_of(DECODER), FORBIDDEN)),
     "recorded": lambda: RecordedExpander(fold(weights_of(DECODER), FORBIDDEN)),
-    "openvino": by_openvino,
 }
+
+
+def openvino_search(precision: str = "f32", raised: float = 0.0) -> Searcher:
+    """raised: what is added to all logits."""
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -r requirements/serve.txt")
+    from handler.openvino_search import OpenVinoSearch
+
+    folded = fold(weights_of(DECODER), FORBIDDEN)
+    logits = np.arange(len(folded.product_bias)) >= folded.table.shape[1]
+    folded = folded._replace(product_bias=np.where(logits, folded.product_bias + raised, 0).astype(np.float32))
+    return OpenVinoSearch(folded, END, precision=precision, threads=1)
 
 
 @pytest.fixture(scope="module", params=FOLDED)
 def folded(request: pytest.FixtureRequest) -> Expander[Any]:
     return FOLDED[request.param]()
+
+
+@pytest.fixture(scope="module", params=[*FOLDED, "openvino"])
+def searcher(request: pytest.FixtureRequest) -> Searcher:
+    if request.param == "openvino":
+        return openvino_search()
+    return partial(search, FOLDED[request.param](), end_token=END)
 
 
 def features(count: int, seed: int) -> np.ndarray:
@@ -51,15 +62,16 @@ def features(count: int, seed: int) -> np.ndarray:
 )
 @example([(10, 12, 0.75)] * 20, 0)  # more captions than one step is recorded for, and fewer again
 @settings(max_examples=40)
-def test_the_same_captions_as_the_plain_search(folded: Expander[Any], wanted: list[tuple[int, int, float]], seed: int) -> None:
+def test_the_same_captions_as_the_plain_search(searcher: Searcher, wanted: list[tuple[int, int, float]], seed: int) -> None:
     searches = [Search(START, *values) for values in wanted]
     images = features(len(searches), seed)
     expected = search(PlainExpander(DECODER, FORBIDDEN), images, searches, end_token=END)
-    found = search(folded, images, searches, end_token=END)
+    found = searcher(images, searches)
     for plain, fast in zip(expected, found, strict=True):
         assert [h.tokens for h in plain] == [h.tokens for h in fast]
         for one, other in zip(plain, fast, strict=True):
             assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-5)
+            assert one.score == pytest.approx(other.score, abs=1e-4)
 
 
 def test_rows_may_be_taken_twice_or_not_at_all(folded: Expander[Any]) -> None:
@@ -83,29 +95,29 @@ def test_what_is_forbidden_comes_last_and_keeps_its_probability(folded: Expander
     assert gains[0] == pytest.approx(expected[torch.from_numpy(words[0]).long()].numpy(), abs=1e-5)
 
 
+def test_no_images_give_no_captions(searcher: Searcher) -> None:
+    assert searcher(features(0, 0), []) == []
+
+
 def test_in_bfloat16_no_step_is_off_by_more_than_its_rounding() -> None:
     """However many steps went before: what is rounded does not add up."""
-    exact, rounded = by_openvino(), by_openvino("bf16")
-    state, rounded_state = exact.start(features(4, 2)), rounded.start(features(4, 2))
-    at, of = torch.arange(4).numpy(), torch.tensor([START] * 4).numpy()
-    for _ in range(30):
-        gains, words, state = exact.expand(state, at, of, 5)
-        rounded_gains, _, rounded_state = rounded.expand(rounded_state, at, of, 5)
-        assert rounded_gains == pytest.approx(gains, abs=0.04)
-        of = words[:, 0]
+    images, longest = torch.from_numpy(features(8, 2)), 30
+    steps = 0
+    for image, found in zip(images, openvino_search("bf16")(images.numpy(), [Search(START, 5, longest, 2.0)] * 8), strict=True):
+        for hypothesis in found:
+            tokens = torch.tensor([[START, *hypothesis.tokens[:-1]]])
+            with torch.no_grad():
+                exact = DECODER(image[None], tokens)[0].log_softmax(1)[range(len(hypothesis.tokens)), hypothesis.tokens]
+            assert hypothesis.log_likelihoods == pytest.approx(exact.tolist(), abs=0.04)
+            steps = max(steps, len(hypothesis.tokens))
+    assert steps == longest
 
 
 def test_in_bfloat16_close_words_are_told_apart_however_large_the_logits() -> None:
     """The sums are not rounded: near 200 two neighbours of bfloat16 are 1 apart, and many words would tie."""
-    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -r requirements/serve.txt")
-    from handler.openvino_engine import OpenVinoExpander
-
-    plain = fold(weights_of(DECODER), FORBIDDEN)
-    raised = plain._replace(product_bias=plain.product_bias + np.where(np.arange(len(plain.product_bias)) < 4 * 16, 0, 200))
-    raised = raised._replace(product_bias=raised.product_bias.astype(np.float32))
-    found = []
-    for folded in (plain, raised):
-        expander = OpenVinoExpander(folded, precision="bf16", threads=1)
-        found.append(expander.expand(expander.start(features(4, 2)), np.arange(4), np.full(4, START), 10)[0])
-    assert found[0] == pytest.approx(found[1], abs=1e-3)
-    assert (np.diff(found[1]) < 0).all()
+    images, wanted = features(4, 2), [Search(START, 10, 1)] * 4
+    found = [openvino_search("bf16", raised)(images, wanted) for raised in (0, 200)]
+    for near, far in zip(*found, strict=True):
+        assert [h.tokens for h in near] == [h.tokens for h in far]
+        assert [h.score for h in near] == pytest.approx([h.score for h in far], abs=1e-3)
+        assert (np.diff([h.score for h in far]) < 0).all()

@@ -1,0 +1,282 @@
+"""The whole beam search as one graph of OpenVINO: no Python between two steps, nor for any token.
+
+It does what `handler.beam_search.search` does with the folded decoder (`handler.expansion`), and the tests hold it to that.
+The graph is a loop. What a step keeps of B images lies in a grid (B, W), where W is the widest beam that can be asked for; the
+R captions that are live are packed before the next step, so what has ended or has no hope costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+import openvino
+from openvino import Node
+from openvino import opset13 as op
+
+from handler.beam_search import Found, Hypothesis, Search, Step, trace
+from handler.expansion import Folded
+from handler.openvino_engine import Compiled
+from handler.parameters import MAX_BEAM_SIZE
+
+_WIDTH = MAX_BEAM_SIZE
+_FOUND = 2 * MAX_BEAM_SIZE
+"""Found captions of an image that are remembered: as many as `handler.beam_search.search` returns at most."""
+_BOUNDLESS = 1e30
+
+Value = TypeVar("Value")
+"""Numbers, or a node of the graph."""
+
+
+class OpenVinoSearch:
+    """`handler.beam_search.Searcher` of a folded decoder."""
+
+    def __init__(
+        self, folded: Folded[np.ndarray], end_token: int, *, precision: str, threads: int, threads_alone: int = 0
+    ) -> None:
+        """precision: `f32` or `bf16`, of what the product of a step multiplies. Its sums and all else are float32.
+
+        threads_alone: for an image that comes alone, where that is more than `threads`.
+        """
+        # A graph of its own, which is of float32 whatever the other is.
+        self._start = Compiled(_start_graph(folded), precision="f32", threads=threads)
+        graph = _search_graph(folded, end_token)
+        self._search = Compiled(graph, precision=precision, threads=threads, threads_alone=threads_alone)
+
+    def __call__(self, features: np.ndarray, searches: Sequence[Search]) -> list[list[Hypothesis]]:
+        images = len(searches)
+        if images == 0:
+            return []
+        start = self._start.infer([features])
+        state = _State(
+            recurrent=start[0],
+            cell=start[1],
+            row=np.arange(images, dtype=np.int32),
+            token=np.array([wanted.start_token for wanted in searches], np.int32),
+            place=np.arange(images, dtype=np.int32) * _WIDTH,
+            total=np.zeros(images, np.float32),
+            scores=np.full((images, _FOUND), -np.inf, np.float32),
+            ends=np.zeros((images, _FOUND), np.int32),
+            length=np.zeros((), np.int32),
+        )
+        beam_sizes = np.array([[wanted.beam_size] for wanted in searches], np.int32)
+        wanted = _Wanted(
+            outside=np.where(np.arange(_WIDTH) < beam_sizes, 0, -np.inf).astype(np.float32),
+            last=beam_sizes - 1,
+            max_length=np.array([[wanted.max_length] for wanted in searches], np.int32),
+            penalty=np.array([[wanted.length_penalty] for wanted in searches], np.float32),
+            hope=np.array([[_hope(wanted)] for wanted in searches], np.float32),
+        )
+        outputs = self._search.infer([*state, *wanted], alone=images == 1)
+        scores, ends, *history = [outputs[number].tolist() for number in range(5)]
+        steps = [[Step(*grids) for grids in zip(*step, strict=True)] for step in zip(*history, strict=True)]  # (T, B)
+        return [
+            [
+                trace([step[image] for step in steps], Found(score, *divmod(end, _WIDTH)))
+                for score, end in zip(scores[image][: 2 * searches[image].beam_size], ends[image], strict=False)
+                if score > -np.inf
+            ]
+            for image in range(images)
+        ]
+
+
+def _hope(wanted: Search) -> float:
+    """What the log-likelihood of a live caption is multiplied by for the best score that it can come to."""
+    if wanted.length_penalty == 0:
+        return _BOUNDLESS  # none that is enough, as soon as enough are found
+    return 1 / wanted.normalizer(wanted.max_length)
+
+
+class _State(NamedTuple, Generic[Value]):
+    """What a step takes from the one before."""
+
+    recurrent: Value
+    """(R', 4H), of the captions that were live before; see `FoldedState`"""
+    cell: Value
+    """(R', H)"""
+    row: Value
+    """(R,) where in those each live caption's memory is"""
+    token: Value
+    """(R,) that it is extended by"""
+    place: Value
+    """(R,) in the grid, flat"""
+    total: Value
+    """(R,) log-likelihood"""
+    scores: Value
+    """(B, F) of found captions, best first, -inf where there is none"""
+    ends: Value
+    """(B, F) where they end: length x W + place in the image's grid"""
+    length: Value
+    """() steps made"""
+
+
+class _Wanted(NamedTuple, Generic[Value]):
+    """What is searched for each image."""
+
+    outside: Value
+    """(B, W) -inf beyond the beam size, else 0"""
+    last: Value
+    """(B, 1) beam size - 1"""
+    max_length: Value
+    """(B, 1)"""
+    penalty: Value
+    """(B, 1) length penalty"""
+    hope: Value
+    """(B, 1) `_hope`"""
+
+
+def _start_graph(folded: Folded[np.ndarray]) -> openvino.Model:
+    """Features (B, 2048) to the recurrent part of the next gates (B, 4H) and the cell (B, H)."""
+    gate_size = folded.table.shape[1]
+    features = op.parameter([-1, folded.embed_image.shape[1]], np.float32)
+    image = _affine(features, folded.embed_image, folded.image_bias)
+    gates = _affine(image, folded.input, folded.input_bias)
+    hidden, cell = _lstm(gates, None)
+    recurrent = op.matmul(hidden, _constant(folded.product[:gate_size]), False, True)
+    return openvino.Model([op.result(recurrent), op.result(cell)], [features])
+
+
+def _search_graph(folded: Folded[np.ndarray], end_token: int) -> openvino.Model:
+    """The fields of `_State` and `_Wanted` to scores and ends (B, F) and, of T steps, parents, tokens and gains (T, B, W)."""
+    first, wanted = _parameters(folded)
+    state, invariant = _parameters(folded)
+    more, following, history = _step(folded, end_token, state, invariant)
+    results = [op.result(node) for node in (more, *following, *history)]
+
+    loop = op.loop(_constant(np.array(-1, np.int32)), _constant(np.array([True])))  # as many steps as it takes
+    loop.set_function(openvino.Model(results, [*state, *invariant]))
+    loop.set_special_body_ports([-1, 0])
+    next_state = _State(*results[1 : 1 + len(following)])
+    for parameter, value, result in zip(state, first, next_state, strict=True):
+        loop.set_merged_input(parameter, value.output(0), result.output(0))
+    for parameter, value in zip(invariant, wanted, strict=True):
+        loop.set_invariant_input(parameter, value.output(0))
+    found = [loop.get_iter_value(result.output(0), -1) for result in (next_state.scores, next_state.ends)]
+    steps = [loop.get_concatenated_slices(r.output(0), 0, 1, 1, -1, 0) for r in results[1 + len(following) :]]
+    return openvino.Model([op.result(output) for output in (*found, *steps)], [*first, *wanted])
+
+
+def _parameters(folded: Folded[np.ndarray]) -> tuple[_State[Node], _Wanted[Node]]:
+    gate_size = folded.table.shape[1]
+    state = _State(
+        recurrent=op.parameter([-1, gate_size], np.float32),
+        cell=op.parameter([-1, gate_size // 4], np.float32),
+        row=op.parameter([-1], np.int32),
+        token=op.parameter([-1], np.int32),
+        place=op.parameter([-1], np.int32),
+        total=op.parameter([-1], np.float32),
+        scores=op.parameter([-1, _FOUND], np.float32),
+        ends=op.parameter([-1, _FOUND], np.int32),
+        length=op.parameter([], np.int32),
+    )
+    wanted = _Wanted(
+        outside=op.parameter([-1, _WIDTH], np.float32),
+        last=op.parameter([-1, 1], np.int32),
+        max_length=op.parameter([-1, 1], np.int32),
+        penalty=op.parameter([-1, 1], np.float32),
+        hope=op.parameter([-1, 1], np.float32),
+    )
+    return state, wanted
+
+
+def _step(
+    folded: Folded[np.ndarray], end_token: int, state: _State[Node], wanted: _Wanted[Node]
+) -> tuple[Node, _State[Node], tuple[Node, Node, Node]]:
+    """Extend every live caption and keep the best of each image.
+
+    Returns whether there are live ones, the state for the next step, and, with a leading axis of 1, the parents, tokens and
+    gains (B, W) of what was kept.
+    """
+    words = len(folded.mask)
+    ranks = min(_WIDTH, words)
+    recurrent, cell, logits = _decode(folded, state)
+    # Not ReduceLogSumExp, which does not subtract the greatest first and overflows.
+    greatest = op.reduce_max(logits, np.array([1]), True)
+    sum_of_all = op.reduce_sum(op.exp(op.subtract(logits, greatest)), np.array([1]), True)
+    best = op.topk(op.add(logits, _constant(folded.mask[None])), ranks, 1, "max", "value")
+    gains = op.subtract(best.output(0), op.add(op.log(sum_of_all), greatest))  # (R, ranks)
+
+    # Each caption's extensions at its place, and the best W of each image's W x ranks
+    places = op.shape_of(op.reshape(wanted.outside, _integers([-1]), False), "i32")
+    grid = op.broadcast(_numbers(-np.inf), op.concat([places, _integers([ranks])], 0))
+    grid = op.scatter_update(grid, state.place, op.add(op.unsqueeze(state.total, _integers(1)), gains), _integers(0))
+    top = op.topk(op.reshape(grid, _integers([-1, _WIDTH * ranks]), False), _WIDTH, 1, "max", "value", stable=True)
+    total = op.add(top.output(0), wanted.outside)  # (B, W)
+    parent = op.divide(top.output(1), _integers(ranks))
+
+    # What they came from: the row that stands at a place
+    row_at = op.scatter_update(op.broadcast(_integers(0), places), state.place, _counted(state.place), _integers(0))
+    row = op.gather_elements(op.reshape(row_at, _integers([-1, _WIDTH]), False), parent, 1)
+    extension = op.add(op.multiply(op.subtract(row, parent), _integers(ranks)), top.output(1))  # row x ranks + rank
+    token = op.gather(_flat(best.output(1)), extension, _integers(0))
+    gain = op.gather(_flat(gains), extension, _integers(0))
+
+    length = op.add(state.length, _integers(1))
+    kept = op.greater(total, _numbers(-_BOUNDLESS))
+    ended = op.logical_and(kept, op.logical_or(op.equal(token, _integers(end_token)), op.equal(wanted.max_length, length)))
+    scores, ends = _collect(state, wanted, length, total, ended)
+
+    worst = op.gather_elements(scores, wanted.last, 1)
+    live = op.logical_and(op.greater(op.multiply(total, wanted.hope), worst), op.logical_and(kept, op.logical_not(ended)))
+    place = _flat(op.non_zero(_flat(live), "i32"))
+    row, next_token, next_total = (op.gather(_flat(values), place, _integers(0)) for values in (row, token, total))
+    more = op.reduce_logical_or(_flat(live), _integers([0]), True)
+    following = _State(recurrent, cell, row, next_token, place, next_total, scores, ends, length)
+    return more, following, tuple(op.unsqueeze(values, _integers(0)) for values in (parent, token, gain))
+
+
+def _decode(folded: Folded[np.ndarray], state: _State[Node]) -> tuple[Node, Node, Node]:
+    """One token more for each live caption: recurrent part (R, 4H), cell (R, H) and logits (R, V)."""
+    words, gate_size = folded.table.shape
+    gates = op.gather(state.recurrent, state.row, _integers(0))
+    gates = op.add(gates, op.gather(_constant(folded.table), state.token, _integers(0)))
+    hidden, cell = _lstm(gates, op.gather(state.cell, state.row, _integers(0)))
+    # OpenVINO would round a product of bf16 to bf16, the logits too. A clamp that clamps nothing becomes part of the product
+    # and, as what follows the last product, has it written in float32.
+    product = op.clamp(_affine(hidden, folded.product, folded.product_bias), -_BOUNDLESS, _BOUNDLESS)
+    recurrent, logits = op.variadic_split(product, 1, np.array([gate_size, words])).outputs()
+    return recurrent, cell, logits
+
+
+def _collect(state: _State[Node], wanted: _Wanted[Node], length: Node, total: Node, ended: Node) -> tuple[Node, Node]:
+    """Scores and ends (B, F) with those that ended in this step."""
+    normalizer = op.power(op.divide(op.convert(op.add(length, _integers(5)), np.float32), _numbers(6)), wanted.penalty)
+    scores = op.select(ended, op.divide(total, normalizer), _numbers(-np.inf))
+    places = op.add(op.multiply(length, _integers(_WIDTH)), _integers(range(_WIDTH)))  # (W,)
+    ends = op.broadcast(places, op.shape_of(total, "i32"))
+    best = op.topk(op.concat([state.scores, scores], 1), _FOUND, 1, "max", "value", stable=True)
+    return best.output(0), op.gather_elements(op.concat([state.ends, ends], 1), best.output(1), 1)
+
+
+def _lstm(gates: Node, cell: Node | None) -> tuple[Node, Node]:
+    enter, forget, new, leave = op.split(gates, 1, 4).outputs()
+    added = op.multiply(op.sigmoid(enter), op.tanh(new))
+    cell = added if cell is None else op.add(op.multiply(op.sigmoid(forget), cell), added)
+    return op.multiply(op.sigmoid(leave), op.tanh(cell)), cell
+
+
+def _affine(inputs: Node, weight: np.ndarray, bias: np.ndarray) -> Node:
+    return op.add(op.matmul(inputs, _constant(weight), False, True), _constant(bias[None]))
+
+
+def _flat(values: Node) -> Node:
+    return op.reshape(values, _integers([-1]), False)
+
+
+def _counted(values: Node) -> Node:
+    """0, 1, … for each of (R,)."""
+    count = op.squeeze(op.shape_of(values, "i32"), _integers([0]))
+    return op.range(_integers(0), count, _integers(1), "i32")
+
+
+def _constant(values: np.ndarray) -> Node:
+    return op.constant(np.ascontiguousarray(values))
+
+
+def _integers(values: int | Sequence[int]) -> Node:
+    return op.constant(np.array(values, np.int32))
+
+
+def _numbers(value: float) -> Node:
+    return op.constant(np.array(value, np.float32))
