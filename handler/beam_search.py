@@ -57,7 +57,10 @@ class Hypothesis:
 
 class Searcher(Protocol):
     def __call__(self, features: np.ndarray, searches: Sequence[Search]) -> list[list[Hypothesis]]:
-        """Features (B, 2048), float32, and what to search for each to the found captions of each, best first."""
+        """Features (B, 2048), float32, and what to search for each, to the `beam_size` best captions of each, best first.
+
+        Further ones may follow. They have been found on the way, and there may be better that have not been.
+        """
         ...
 
 
@@ -96,10 +99,7 @@ def beam_search(
 def search(
     expander: Expander[State], features: np.ndarray, searches: Sequence[Search], *, end_token: int
 ) -> list[list[Hypothesis]]:
-    """The same with a decoder of any kind; the 2 x beam size best of what was found.
-
-    Of beams, the arrays are small: numpy takes a fraction of torch's time a call.
-    """
+    """The same with a decoder of any kind. Of beams, the arrays are small: numpy takes a fraction of torch's time a call."""
     if len(features) == 0:
         return []
     images, width = len(searches), max(wanted.beam_size for wanted in searches)
@@ -139,10 +139,7 @@ def search(
         place = _live(found, searches, len(history), image, total, ended).nonzero()[0]
         image, slot, token, total, row = image[place], slot[place], token[place], total[place], row[place]
 
-    return [
-        [trace(history, end) for end in sorted(ends, key=lambda end: -end.score)[: 2 * wanted.beam_size]]
-        for ends, wanted in zip(found, searches, strict=True)
-    ]
+    return [[trace(history, end) for end in sorted(ends, key=lambda end: -end.score)] for ends in found]
 
 
 def _live(

@@ -158,7 +158,7 @@ class Captioner:
     ) -> tuple[Caption, ...]:
         """The best of the found captions that the client wants; of two that read the same only the better."""
         captions: dict[str, Caption] = {}
-        for hypothesis in hypotheses:
+        for hypothesis in hypotheses[: parameters.beam_size]:
             caption = self._as_text(hypothesis, language)
             if caption.confidence >= parameters.min_confidence:
                 captions.setdefault(caption.caption, caption)

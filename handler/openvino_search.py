@@ -1,8 +1,9 @@
 """The whole beam search as one graph of OpenVINO: no Python between two steps, nor for any token.
 
 It does what `handler.beam_search.search` does with the folded decoder (`handler.expansion`), and the tests hold it to that.
-The graph is a loop. What a step keeps of B images lies in a grid (B, W), where W is the widest beam that can be asked for; the
-R captions that are live are packed before the next step, so what has ended or has no hope costs nothing.
+The graph is a loop. What a step keeps of B images lies in a grid (B, W), where W is the widest beam that can be asked for, and
+so do the best captions found. The R captions that are live are packed before the next step, so what has ended or has no hope
+costs nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from handler.openvino_engine import Compiled
 from handler.parameters import MAX_BEAM_SIZE
 
 _WIDTH = MAX_BEAM_SIZE
-_FOUND = 2 * MAX_BEAM_SIZE
-"""Found captions of an image that are remembered: as many as `handler.beam_search.search` returns at most."""
 _BOUNDLESS = 1e30
 
 Value = TypeVar("Value")
@@ -56,8 +55,8 @@ class OpenVinoSearch:
             token=np.array([wanted.start_token for wanted in searches], np.int32),
             place=np.arange(images, dtype=np.int32) * _WIDTH,
             total=np.zeros(images, np.float32),
-            scores=np.full((images, _FOUND), -np.inf, np.float32),
-            ends=np.zeros((images, _FOUND), np.int32),
+            scores=np.full((images, _WIDTH), -np.inf, np.float32),
+            ends=np.zeros((images, _WIDTH), np.int32),
             length=np.zeros((), np.int32),
         )
         beam_sizes = np.array([[wanted.beam_size] for wanted in searches], np.int32)
@@ -74,7 +73,7 @@ class OpenVinoSearch:
         return [
             [
                 trace([step[image] for step in steps], Found(score, *divmod(end, _WIDTH)))
-                for score, end in zip(scores[image][: 2 * searches[image].beam_size], ends[image], strict=False)
+                for score, end in zip(scores[image][: searches[image].beam_size], ends[image], strict=False)
                 if score > -np.inf
             ]
             for image in range(images)
@@ -104,9 +103,9 @@ class _State(NamedTuple, Generic[Value]):
     total: Value
     """(R,) log-likelihood"""
     scores: Value
-    """(B, F) of found captions, best first, -inf where there is none"""
+    """(B, W) of found captions, best first, -inf where there is none"""
     ends: Value
-    """(B, F) where they end: length x W + place in the image's grid"""
+    """(B, W) where they end: length x W + place in the image's grid"""
     length: Value
     """() steps made"""
 
@@ -138,7 +137,7 @@ def _start_graph(folded: Folded[np.ndarray]) -> openvino.Model:
 
 
 def _search_graph(folded: Folded[np.ndarray], end_token: int) -> openvino.Model:
-    """The fields of `_State` and `_Wanted` to scores and ends (B, F) and, of T steps, parents, tokens and gains (T, B, W)."""
+    """The fields of `_State` and `_Wanted` to scores and ends (B, W) and, of T steps, parents, tokens and gains (T, B, W)."""
     first, wanted = _parameters(folded)
     state, invariant = _parameters(folded)
     more, following, history = _step(folded, end_token, state, invariant)
@@ -166,8 +165,8 @@ def _parameters(folded: Folded[np.ndarray]) -> tuple[_State[Node], _Wanted[Node]
         token=op.parameter([-1], np.int32),
         place=op.parameter([-1], np.int32),
         total=op.parameter([-1], np.float32),
-        scores=op.parameter([-1, _FOUND], np.float32),
-        ends=op.parameter([-1, _FOUND], np.int32),
+        scores=op.parameter([-1, _WIDTH], np.float32),
+        ends=op.parameter([-1, _WIDTH], np.int32),
         length=op.parameter([], np.int32),
     )
     wanted = _Wanted(
@@ -201,7 +200,7 @@ def _step(
     places = op.shape_of(op.reshape(wanted.outside, _integers([-1]), False), "i32")
     grid = op.broadcast(_numbers(-np.inf), op.concat([places, _integers([ranks])], 0))
     grid = op.scatter_update(grid, state.place, op.add(op.unsqueeze(state.total, _integers(1)), gains), _integers(0))
-    top = op.topk(op.reshape(grid, _integers([-1, _WIDTH * ranks]), False), _WIDTH, 1, "max", "value", stable=True)
+    top = op.topk(op.reshape(grid, _integers([-1, _WIDTH * ranks]), False), _WIDTH, 1, "max", "value")
     total = op.add(top.output(0), wanted.outside)  # (B, W)
     parent = op.divide(top.output(1), _integers(ranks))
 
@@ -212,13 +211,12 @@ def _step(
     token = op.gather(_flat(best.output(1)), extension, _integers(0))
     gain = op.gather(_flat(gains), extension, _integers(0))
 
+    # What is not kept is -inf in `total`, and so neither found nor live.
     length = op.add(state.length, _integers(1))
-    kept = op.greater(total, _numbers(-_BOUNDLESS))
-    ended = op.logical_and(kept, op.logical_or(op.equal(token, _integers(end_token)), op.equal(wanted.max_length, length)))
+    ended = op.logical_or(op.equal(token, _integers(end_token)), op.equal(wanted.max_length, length))
     scores, ends = _collect(state, wanted, length, total, ended)
-
     worst = op.gather_elements(scores, wanted.last, 1)
-    live = op.logical_and(op.greater(op.multiply(total, wanted.hope), worst), op.logical_and(kept, op.logical_not(ended)))
+    live = op.logical_and(op.greater(op.multiply(total, wanted.hope), worst), op.logical_not(ended))
     place = _flat(op.non_zero(_flat(live), "i32"))
     row, next_token, next_total = (op.gather(_flat(values), place, _integers(0)) for values in (row, token, total))
     more = op.reduce_logical_or(_flat(live), _integers([0]), True)
@@ -240,12 +238,12 @@ def _decode(folded: Folded[np.ndarray], state: _State[Node]) -> tuple[Node, Node
 
 
 def _collect(state: _State[Node], wanted: _Wanted[Node], length: Node, total: Node, ended: Node) -> tuple[Node, Node]:
-    """Scores and ends (B, F) with those that ended in this step."""
+    """Scores and ends (B, W) with those that ended in this step."""
     normalizer = op.power(op.divide(op.convert(op.add(length, _integers(5)), np.float32), _numbers(6)), wanted.penalty)
     scores = op.select(ended, op.divide(total, normalizer), _numbers(-np.inf))
     places = op.add(op.multiply(length, _integers(_WIDTH)), _integers(range(_WIDTH)))  # (W,)
     ends = op.broadcast(places, op.shape_of(total, "i32"))
-    best = op.topk(op.concat([state.scores, scores], 1), _FOUND, 1, "max", "value", stable=True)
+    best = op.topk(op.concat([state.scores, scores], 1), _WIDTH, 1, "max", "value")
     return best.output(0), op.gather_elements(op.concat([state.ends, ends], 1), best.output(1), 1)
 
 
