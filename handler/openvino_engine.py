@@ -24,18 +24,30 @@ def has_bfloat16() -> bool:
 class Compiled:
     """A model, compiled for batches and, with more threads, for an image that comes alone."""
 
-    def __init__(self, model: Path | openvino.Model, *, precision: str, threads: int, threads_alone: int = 0) -> None:
+    def __init__(
+        self,
+        model: Path | openvino.Model,
+        *,
+        precision: str,
+        threads: int,
+        threads_alone: int = 0,
+        of_images: Sequence[int] = (),
+    ) -> None:
         """precision: `f32` or `bf16`, of whatever is not quantized in the model itself.
 
         threads_alone: for an image that comes alone, when the other workers have most likely nothing to do.
+        of_images: the inputs whose first axis counts the images. It is fixed for the one, which saves OpenVINO some work.
         """
         self._request = self._alone = _compiled(model, precision, threads)
         # A second copy takes as long to make as the first: not before the first image, which need not wait for it. No daemon,
         # since a process that ended in the middle of it would be aborted.
-        self._making = threading.Thread(target=self._make_alone, args=(model, precision, threads_alone))
+        self._making = threading.Thread(target=self._make_alone, args=(model, precision, threads_alone, of_images))
         self._made = threads_alone <= threads
 
-    def _make_alone(self, model: Path | openvino.Model, precision: str, threads: int) -> None:
+    def _make_alone(self, model: Path | openvino.Model, precision: str, threads: int, of_images: Sequence[int]) -> None:
+        if isinstance(model, Path):
+            model = _CORE.read_model(model)
+        model.reshape({number: [1, *list(model.input(number).partial_shape)[1:]] for number in of_images})
         self._alone = _compiled(model, precision, threads)
 
     def infer(self, inputs: Sequence[np.ndarray], *, alone: bool = False) -> Any:
@@ -54,7 +66,7 @@ class OpenVinoEncoder:
 
     def __init__(self, path: Path, *, name: str, precision: str, threads: int, threads_alone: int) -> None:
         self.name = name
-        self._model = Compiled(path, precision=precision, threads=threads, threads_alone=threads_alone)
+        self._model = Compiled(path, precision=precision, threads=threads, threads_alone=threads_alone, of_images=[0])
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         return np.array(self._model.infer([images], alone=len(images) == 1)[0])

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -57,17 +57,22 @@ def pixels(load: Callable[..., Captioner]) -> np.ndarray:
     return np.stack([captioner.prepare(path.read_bytes()).pixels for path in SAMPLES])
 
 
-def test_a_photo_that_comes_alone_gets_the_same_features(saved: Path, exported: Path, pixels: np.ndarray) -> None:
-    """By a second copy of the encoder, with more threads."""
+def test_a_photo_that_comes_alone_gets_the_same_features_and_captions(saved: Path, exported: Path, pixels: np.ndarray) -> None:
+    """By second copies of the encoder and of the search, with more threads."""
     serving = ServingConfig(engine="openvino-fp32", threads=1)
     captioner = load_captioner(saved, exported, serving, environment={"CAPTION_THREADS_ALONE": "2"})
+    parameters = parse_parameters({}, captioner.config)
     together = captioner.encode(pixels)
-    captioner.encode(pixels[:1])  # from now on the copy is being made
-    engine: Any = captioner.engine
-    engine._making.join()
-    assert engine._alone is not engine._request
+    captions = captioner.search(together, [parameters] * len(pixels))
+    captioner.search(captioner.encode(pixels[:1]), [parameters])  # from now on the copies are being made
+    for compiled in (cast(Any, captioner.engine)._model, cast(Any, captioner.searcher)._search):
+        compiled._making.join()
+        assert compiled._alone is not compiled._request
     alone = np.concatenate([captioner.encode([photo]) for photo in pixels])
     np.testing.assert_allclose(alone, together, rtol=1e-4, atol=1e-4 * float(together.max()))
+    for of_one, of_batch in zip(together, captions, strict=True):
+        (found,) = captioner.search(of_one[None], [parameters])
+        assert [one.sentence for one in found] == [one.sentence for one in of_batch]
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 17])
