@@ -9,6 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from handler.contract import (
     description,
     error_answer,
 )
+from handler.counters import Counters
 from handler.errors import CaptionError
 from handler.parameters import Parameters
 
@@ -50,6 +52,7 @@ class CaptionHandler:
         self.parser = RequestParser(self.captioner.config, self.serving)
         version = context.manifest["model"]["modelVersion"]
         self.access_log = AccessLog() if self.serving.access_log else None
+        self.counters = Counters(partial(_count, context.metrics))
         self.model = ModelInfo(context.model_name, str(version), self.captioner.digest)
         self.captioner.warm_up()
         logger.info("model %s %s %s on %s", self.model.name, self.model.version, self.model.digest, device)
@@ -59,7 +62,7 @@ class CaptionHandler:
         began = time.perf_counter()
         headers = [_headers(context, index) for index in range(len(rows))]
         requests = [self._read(row, headers[index]) for index, row in enumerate(rows)]
-        results = iter(self._caption([request for request in requests if isinstance(request, CaptionRequest)], context))
+        results = iter(self._caption([request for request in requests if isinstance(request, CaptionRequest)]))
         answers: list[bytes] = []
         for index, request in enumerate(requests):
             if isinstance(request, bytes):
@@ -70,7 +73,7 @@ class CaptionHandler:
                 found = next(results)
                 status, body = answer(request, found, self.model)
             else:
-                _count(context, "CaptionErrors", 1, code=request.code)
+                self.counters.add("CaptionErrors", 1, code=request.code)
                 status, body = error_answer(request)
             if status != HTTPStatus.OK:
                 context.set_response_status(status, HTTPStatus(status).phrase, index)
@@ -89,7 +92,7 @@ class CaptionHandler:
             return description(self.captioner.config, self.model, self.serving)
         return _guarded(lambda: self.parser.parse(row, headers.get("content-type")))
 
-    def _caption(self, requests: list[CaptionRequest], context: Any) -> list[list[Result]]:
+    def _caption(self, requests: list[CaptionRequest]) -> list[list[Result]]:
         """Caption the images of all requests together: a result for each image of each request."""
         prepared = [self._prepare(request) for request in requests]
         good = [
@@ -101,15 +104,15 @@ class CaptionHandler:
         answered = self._search([image for image, _ in good], [parameters for _, parameters in good])
         captioned = [result for result in answered if isinstance(result, CaptionedImage)]
         if captioned:
-            _count(context, "CaptionedImages", len(captioned))
-            _count(context, "Captions", sum(len(result.captions) for result in captioned))
-            _count(context, "DecodeMilliseconds", sum(image.decode_ms for image, _ in good))
-            _count(context, "EncodeMilliseconds", captioned[0].encode_ms)
-            _count(context, "SearchMilliseconds", captioned[0].search_ms)
+            self.counters.add("CaptionedImages", len(captioned))
+            self.counters.add("Captions", sum(len(result.captions) for result in captioned))
+            self.counters.add("DecodeMilliseconds", sum(image.decode_ms for image, _ in good))
+            self.counters.add("EncodeMilliseconds", captioned[0].encode_ms)
+            self.counters.add("SearchMilliseconds", captioned[0].search_ms)
         remaining = iter(answered)
         results = [[i if isinstance(i, CaptionError) else next(remaining) for i in images] for images in prepared]
         for code, times in Counter(r.code for of_one in results for r in of_one if isinstance(r, CaptionError)).items():
-            _count(context, "CaptionErrors", times, code=code)
+            self.counters.add("CaptionErrors", times, code=code)
         return results
 
     def _search(self, images: list[PreparedImage], parameters: list[Parameters]) -> list[Result]:
@@ -160,7 +163,7 @@ def _headers(context: Any, index: int) -> dict[str, str]:
     return {k.lower(): v for k, v in context.get_all_request_header(index).items() if isinstance(v, str)}
 
 
-def _count(context: Any, name: str, value: float, **dimensions: str) -> None:
+def _count(metrics: Any, name: str, value: float, **labels: str) -> None:
     """Add to a counter of metrics.yaml. TorchServe appends to the list it is given, so each call needs its own."""
-    labels = [Dimension(label.capitalize(), text) for label, text in dimensions.items()]
-    context.metrics.add_metric(name, value, "ms" if name.endswith("Milliseconds") else "count", dimensions=labels)
+    dimensions = [Dimension(label.capitalize(), text) for label, text in labels.items()]
+    metrics.add_metric(name, value, "ms" if name.endswith("Milliseconds") else "count", dimensions=dimensions)

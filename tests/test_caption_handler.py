@@ -134,10 +134,15 @@ def test_a_fault_of_ours_is_a_500_for_that_request_alone(
     assert "a bug" not in json.dumps(answers[0][2])
 
 
-def test_metrics_are_counted_as_they_are_declared(send: Any, encoded: Encoded, caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_are_counted_as_they_are_declared(
+    send: Any, handler: CaptionHandler, encoded: Encoded, caplog: pytest.LogCaptureFixture
+) -> None:
     """An undeclared name or dimension is an error in TorchServe's log, and nothing in Prometheus."""
+    handler.counters.flush()  # what other tests counted
+    caplog.clear()
     with caplog.at_level("INFO"):
         send(({"body": bytearray(encoded())}, {}), ({"body": bytearray(b"x")}, {}))
+        handler.counters.flush()
     lines = [record.getMessage() for record in caplog.records if "[METRICS]" in record.getMessage()]
     assert not [line for line in lines if "Failed" in line]
     names = {line.partition("[METRICS]")[2].partition(".")[0] for line in lines}
