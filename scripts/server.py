@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import psutil
 
+from handler.machine import available_cpus
 from scripts.authorization import KEY_FILE
 from scripts.probe import POLL_SECONDS, no_answer, not_ready, switched_off, work_done
 from scripts.serving import plan
@@ -135,6 +136,8 @@ class TorchServe:
             f"-Dmodel_server_home={TORCHSERVE.parent}",
             f"-Dlog4j.configurationFile=file://{ROOT / 'deploy/torchserve/log4j2.xml'}",
             f"-Djava.io.tmpdir={folder}",
+            # With fewer threads in this pool, as on two CPUs, Java starts a new one for each batch.
+            f"-Djava.util.concurrent.ForkJoinPool.common.parallelism={max(2, available_cpus() - 1)}",
             *options,
             *("-cp", ":".join([*map(str, CLASS_PATH), *([f"{plugins}/*"] if plugins else [])])),
             *("org.pytorch.serve.ModelServer", "--python", sys.executable),

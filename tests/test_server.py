@@ -200,6 +200,13 @@ def test_workers_that_openvino_serves_do_without_torch(server: TorchServe) -> No
         assert "libtorch" not in libraries
 
 
+def test_java_starts_no_thread_for_a_batch(url: str, server: TorchServe) -> None:
+    """It does where its common pool has fewer than two threads, as on two CPUs."""
+    post(url, files={"image": CAT})
+    names = {path.read_text().strip() for path in Path(f"/proc/{server.pid}/task").glob("*/comm")}
+    assert any(name.startswith("ForkJoinPool") for name in names)
+
+
 def test_prometheus_sees_captions_and_errors(url: str, server: TorchServe) -> None:
     post(url, files={"image": CAT})
     post(url, files={"image": b"x"})
