@@ -96,20 +96,17 @@ def measure_encoder(captioners: Mapping[str, Captioner], batches: Sequence[int],
     return rows
 
 
-def measure_encoder_alone(captioner: Captioner, batch: int, seconds: float) -> dict[str, float]:
-    """As the service is measured, over seconds: images a second in batches, and milliseconds of an image that comes alone."""
+def encode_for(captioner: Captioner, batch: int, seconds: float) -> np.ndarray:
+    """Milliseconds of each batch, one after the other for so long."""
     size = captioner.config.preprocessing.size
-    taken = {}
-    for count in (1, batch):
-        pixels = np.random.default_rng(0).integers(0, 256, (count, 3, size, size), np.uint8)
-        times: list[float] = []
-        deadline = time.perf_counter() + seconds
-        while not times or time.perf_counter() < deadline:
-            began = time.perf_counter()
-            captioner.engine.encode(pixels)
-            times.append(time.perf_counter() - began)
-        taken[count] = times
-    return {"throughput": batch / float(np.mean(taken[batch])), "p50": float(np.median(taken[1])) * 1e3}
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, 3, size, size), np.uint8)
+    times: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while not times or time.perf_counter() < deadline:
+        began = time.perf_counter()
+        captioner.engine.encode(pixels)
+        times.append((time.perf_counter() - began) * 1e3)
+    return np.array(times)
 
 
 def measure_search(
@@ -279,6 +276,34 @@ def measure_service(server: TorchServe, concurrencies: Sequence[int], seconds: f
     return [load.row() for load in loads], best
 
 
+def measure_in_turns(
+    server: TorchServe, captioner: Captioner, best: Load, lone: float, batch: int, seconds: float, rounds: int
+) -> Rows:
+    """The service and, while it has nothing to do, the encoder alone on all CPUs or the GPU; a row for each round.
+
+    What else the machine is busy with changes from minute to minute: only what is measured together can be compared.
+    lone: requests a second of one client.
+    """
+    url, rows = url_of(server), []
+    beam_1 = url.replace("/predictions/caption", "/models/caption/invoke?beam_size=1")
+    for _ in range(rounds):
+        alone = put_load(url, clients=1, requests_sent=int(lone * seconds / 2))
+        encoder_alone = encode_for(captioner, 1, seconds / 4)
+        many = put_load(url, clients=best.clients, requests_sent=int(best.throughput * seconds))
+        encoder_many = encode_for(captioner, batch, seconds / 2)
+        greedy = put_load(beam_1, clients=best.clients, requests_sent=int(best.throughput * seconds))
+        rows.append(
+            {
+                "lone_p50": alone.p50,
+                "encoder_p50": float(np.median(encoder_alone)),
+                "throughput": many.throughput,
+                "encoder_throughput": batch * 1e3 / float(encoder_many.mean()),
+                "beam_1_throughput": greedy.throughput,
+            }
+        )
+    return rows
+
+
 def _plans() -> list[tuple[int, int]]:
     """Workers and threads of each to compare with the plan, by the CPUs that there are."""
     cpus = available_cpus()
@@ -423,9 +448,8 @@ def run(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -
             "encoder": measure_encoder(loaded, batches, part_seconds),
             "search": measure_search(serving, arguments.checkpoint, (1, 5), batches, part_seconds),
         }
-        report["encoder_alone"] = measure_encoder_alone(serving, batches[-1], seconds)
         save(report)
-        del loaded, serving
+        del loaded
 
         archive, single = folder / "store/caption.mar", folder / "single/caption.mar"
         package(arguments.checkpoint, archive, name="caption", model_config=MODEL_CONFIG)
@@ -443,14 +467,11 @@ def run(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -
         with served(archive, {}) as server:
             concurrencies = (1, 2) if quick else (1, 2, 4, 8, 16, 32, *((64, 128) if DEVICE == "cuda" else ()))
             rows, best = measure_service(server, concurrencies, seconds)
-            beam_1 = put_load(
-                url_of(server).replace("/predictions/caption", "/models/caption/invoke?beam_size=1"),
-                clients=best.clients,
-                requests_sent=int(best.throughput * seconds),
-            )
+            lone = rows[0]["throughput"]
+            turns = measure_in_turns(server, serving, best, lone, batches[-1], seconds, 1 if quick else 4)
+            report["in_turns"] = turns
             report |= {"service": rows, "worker_memory_mib": memory_of_workers(server.pid or 0), "plans": []}
             save(report)
-        lone = rows[0]
         for shape in _plans() if arguments.plans else []:
             report["plans"].append(measure_plan(archive, *shape, seconds))
             save(report)
@@ -465,16 +486,21 @@ def run(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -
         save(report)
         report["scaling"] = measure_scaling(archive, seconds)
     report["ratios"] = {
-        "service to encoder alone, throughput": best.throughput / report["encoder_alone"]["throughput"],
-        "lone request p50 to encoder alone at batch 1": lone["p50"] / report["encoder_alone"]["p50"],
+        "service to encoder alone, throughput": _median(turns, "throughput", "encoder_throughput"),
+        "lone request p50 to encoder alone at batch 1": _median(turns, "lone_p50", "encoder_p50"),
         "service to eager fp32 one at a time behind TorchServe": best.throughput / eager.throughput,
         "service to Flask-style": best.throughput / flask.throughput,
-        "beam 5 to beam 1, time": beam_1.throughput / best.throughput,
+        "beam 5 to beam 1, time": _median(turns, "beam_1_throughput", "throughput"),
     }
     if "cold_start_of_other" in report:
         other_time = report["cold_start_of_other"]["first_caption"]
         report["ratios"]["cold start of the other version to this"] = other_time / report["cold_start"]["first_caption"]
     return report
+
+
+def _median(rounds: Rows, one: str, other: str) -> float:
+    """Of the ratios of the rounds."""
+    return float(np.median([row[one] / row[other] for row in rounds]))
 
 
 def _without_graph(checkpoint: Path) -> Captioner:
@@ -515,7 +541,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         if not report[title]:
             continue
         parts.append(f"**{title}**\n\n{_table(report[title])}")
-    parts.append(f"**encoder alone: images a second in batches, milliseconds of one**\n\n{_table([report['encoder_alone']])}")
+    parts.append(f"**in turns: milliseconds, and images a second**\n\n{_table(report['in_turns'])}")
     baselines = [
         {"server": "this service, best", **max(report["service"], key=lambda row: row["throughput"])},
         {"server": "eager fp32, one at a time, TorchServe", **report["eager_behind_torchserve"]},
