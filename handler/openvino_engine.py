@@ -41,8 +41,9 @@ class Compiled:
         self._request = self._alone = _compiled(model, precision, threads)
         # A second copy takes as long to make as the first: not before the first image, which need not wait for it. No daemon,
         # since a process that ended in the middle of it would be aborted.
-        self._making = threading.Thread(target=self._make_alone, args=(model, precision, threads_alone, of_images))
-        self._made = threads_alone <= threads
+        self._making: threading.Thread | None = None
+        if threads_alone > threads:
+            self._making = threading.Thread(target=self._make_alone, args=(model, precision, threads_alone, of_images))
 
     def _make_alone(self, model: Path | openvino.Model, precision: str, threads: int, of_images: Sequence[int]) -> None:
         if isinstance(model, Path):
@@ -52,8 +53,7 @@ class Compiled:
 
     def infer(self, inputs: Sequence[np.ndarray], *, alone: bool = False) -> Any:
         """The outputs by their number. They are the model's own memory: the next call writes to the same place."""
-        if alone and not self._made:
-            self._made = True
+        if alone and self._making is not None and self._making.ident is None:
             self._making.start()
         request = self._alone if alone else self._request
         return request.infer(inputs, share_inputs=True, share_outputs=True)

@@ -52,20 +52,20 @@ class OpenVinoSearch:
             recurrent=start[0],
             cell=start[1],
             row=np.arange(images, dtype=np.int32),
-            token=np.array([wanted.start_token for wanted in searches], np.int32),
+            token=np.array([one.start_token for one in searches], np.int32),
             place=np.arange(images, dtype=np.int32) * _WIDTH,
             total=np.zeros(images, np.float32),
             scores=np.full((images, _WIDTH), -np.inf, np.float32),
             ends=np.zeros((images, _WIDTH), np.int32),
             length=np.zeros((), np.int32),
         )
-        beam_sizes = np.array([[wanted.beam_size] for wanted in searches], np.int32)
+        beam_sizes = np.array([[one.beam_size] for one in searches], np.int32)
         wanted = _Wanted(
             outside=np.where(np.arange(_WIDTH) < beam_sizes, 0, -np.inf).astype(np.float32),
             last=beam_sizes - 1,
-            max_length=np.array([[wanted.max_length] for wanted in searches], np.int32),
-            penalty=np.array([[wanted.length_penalty] for wanted in searches], np.float32),
-            hope=np.array([[_hope(wanted)] for wanted in searches], np.float32),
+            max_length=np.array([[one.max_length] for one in searches], np.int32),
+            penalty=np.array([[one.length_penalty] for one in searches], np.float32),
+            hope=np.array([[_hope(one)] for one in searches], np.float32),
         )
         outputs = self._search.infer([*state, *wanted], alone=images == 1)
         scores, ends, *history = [outputs[number].tolist() for number in range(5)]
