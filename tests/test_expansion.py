@@ -32,7 +32,11 @@ FOLDED: dict[str, Callable[[], Expander[Any]]] = {
 def openvino_search(precision: str = "f32", raised: float = 0.0) -> Searcher:
     """raised: what is added to all logits."""
     pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install -r requirements/serve.txt")
+    from handler.openvino_engine import has_bfloat16
     from handler.openvino_search import OpenVinoSearch
+
+    if precision == "bf16" and not has_bfloat16():
+        pytest.skip("the CPU has no instructions for bfloat16")
 
     folded = fold(weights_of(DECODER), FORBIDDEN)
     logits = np.arange(len(folded.product_bias)) >= folded.table.shape[1]
