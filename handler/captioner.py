@@ -156,7 +156,10 @@ class Captioner:
     def _captions(
         self, hypotheses: Sequence[Hypothesis], parameters: Parameters, language: LanguageConfig
     ) -> tuple[Caption, ...]:
-        """The best of the found captions that the client wants; of two that read the same only the better."""
+        """The best of the found captions that the client wants; of two that read the same only the better.
+
+        Beyond the beam size there may be more, but not surely the next best.
+        """
         captions: dict[str, Caption] = {}
         for hypothesis in hypotheses[: parameters.beam_size]:
             caption = self._as_text(hypothesis, language)
