@@ -23,6 +23,7 @@ from handler.parameters import MAX_BEAM_SIZE
 
 _WIDTH = MAX_BEAM_SIZE
 _BOUNDLESS = 1e30
+"""Greater than any number here, and in float32 finite even when a log-likelihood is multiplied by it."""
 
 Value = TypeVar("Value")
 """Numbers, or a node of the graph."""
@@ -143,7 +144,7 @@ def _search_graph(folded: Folded[np.ndarray], end_token: int) -> openvino.Model:
     more, following, history = _step(folded, end_token, state, invariant)
     results = [op.result(node) for node in (more, *following, *history)]
 
-    loop = op.loop(_constant(np.array(-1, np.int32)), _constant(np.array([True])))  # as many steps as it takes
+    loop = op.loop(_integers(-1), _constant(np.array([True])))  # as many steps as it takes
     loop.set_function(openvino.Model(results, [*state, *invariant]))
     loop.set_special_body_ports([-1, 0])
     next_state = _State(*results[1 : 1 + len(following)])
@@ -205,7 +206,7 @@ def _step(
     parent = op.divide(top.output(1), _integers(ranks))
 
     # What they came from: the row that stands at a place
-    row_at = op.scatter_update(op.broadcast(_integers(0), places), state.place, _counted(state.place), _integers(0))
+    row_at = op.scatter_update(op.broadcast(_integers(0), places), state.place, _arange_like(state.place), _integers(0))
     row = op.gather_elements(op.reshape(row_at, _integers([-1, _WIDTH]), False), parent, 1)
     extension = op.add(op.multiply(op.subtract(row, parent), _integers(ranks)), top.output(1))  # row x ranks + rank
     token = op.gather(_flat(best.output(1)), extension, _integers(0))
@@ -262,7 +263,7 @@ def _flat(values: Node) -> Node:
     return op.reshape(values, _integers([-1]), False)
 
 
-def _counted(values: Node) -> Node:
+def _arange_like(values: Node) -> Node:
     """0, 1, … for each of (R,)."""
     count = op.squeeze(op.shape_of(values, "i32"), _integers([0]))
     return op.range(_integers(0), count, _integers(1), "i32")

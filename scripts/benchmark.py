@@ -469,8 +469,7 @@ def run(arguments: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -
             rows, best = measure_service(server, concurrencies, seconds)
             lone = rows[0]["throughput"]
             turns = measure_in_turns(server, serving, best, lone, batches[-1], seconds, 1 if quick else 4)
-            report["in_turns"] = turns
-            report |= {"service": rows, "worker_memory_mib": memory_of_workers(server.pid or 0), "plans": []}
+            report |= {"service": rows, "in_turns": turns, "worker_memory_mib": memory_of_workers(server.pid or 0), "plans": []}
             save(report)
         for shape in _plans() if arguments.plans else []:
             report["plans"].append(measure_plan(archive, *shape, seconds))

@@ -71,8 +71,9 @@ def test_the_same_captions_as_the_plain_search(searcher: Searcher, wanted: list[
     images = features(len(searches), seed)
     expected = search(PlainExpander(DECODER, FORBIDDEN), images, searches, end_token=END)
     found = searcher(images, searches)
-    for all_of_plain, all_of_fast, of in zip(expected, found, searches, strict=True):
-        plain, fast = all_of_plain[: of.beam_size], all_of_fast[: of.beam_size]
+    for plain, fast, wanted_of_one in zip(expected, found, searches, strict=True):
+        if not isinstance(searcher, partial):  # OpenVINO's search gives no more than those
+            plain = plain[: wanted_of_one.beam_size]
         assert [h.tokens for h in plain] == [h.tokens for h in fast]
         for one, other in zip(plain, fast, strict=True):
             assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=1e-5)
