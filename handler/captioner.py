@@ -15,7 +15,7 @@ import numpy as np
 from handler.beam_search import Hypothesis, Search, Searcher, search
 from handler.checkpoint import Checkpoint, load_checkpoint, read_manifest
 from handler.config import DecodingConfig, ImageLimits, LanguageConfig, ServingConfig
-from handler.engine import Engine, is_gpu, load_engine, openvino_precision
+from handler.engine import OPENVINO_EXPORTS, Engine, is_gpu, load_engine, openvino_precision
 from handler.expansion import fold
 from handler.isolation import ImageReader
 from handler.machine import available_cpus
@@ -222,8 +222,14 @@ def _searcher(checkpoint: Checkpoint, forbidden: Sequence[int], engine: Engine, 
     if engine.name.startswith("openvino"):
         from handler.openvino_search import OpenVinoSearch
 
-        precision = openvino_precision(engine.name)
-        return OpenVinoSearch(folded, end_token, precision=precision, threads=threads, threads_alone=threads_alone)
+        return OpenVinoSearch(
+            folded,
+            end_token,
+            precision=openvino_precision(engine.name),
+            int8=OPENVINO_EXPORTS[engine.name] == "int8",
+            threads=threads,
+            threads_alone=threads_alone,
+        )
     if is_gpu(engine.device):
         from handler.cuda_graphs import RecordedExpander
 

@@ -239,6 +239,8 @@ def _reduction(image: Image.Image, smallest_side: int | None) -> int:
 
 def _as_rgb(image: Image.Image, reduction: int) -> Image.Image:
     """Any mode that Pillow opens to RGB, transparency laid on white, at 1 / `reduction` of the scale."""
+    if image.mode == "RGB" and not image.has_transparency_data and reduction == 1:
+        return image
     width, height = image.size
     rows = max(1, _BAND_PIXELS // (width * reduction)) * reduction
     bands = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]

@@ -26,49 +26,37 @@ _BOUNDLESS = 1e30
 """Greater than any number here, and in float32 finite even when a log-likelihood is multiplied by it."""
 
 Value = TypeVar("Value")
-"""Numbers, or a node of the graph."""
+"""A node of the graph, or one of its outputs."""
 
 
 class OpenVinoSearch:
     """`handler.beam_search.Searcher` of a folded decoder."""
 
     def __init__(
-        self, folded: Folded[np.ndarray], end_token: int, *, precision: str, threads: int, threads_alone: int = 0
+        self,
+        folded: Folded[np.ndarray],
+        end_token: int,
+        *,
+        precision: str,
+        int8: bool = False,
+        threads: int,
+        threads_alone: int = 0,
     ) -> None:
-        """precision: `f32` or `bf16`, of what the product of a step multiplies. Its sums and all else are float32.
+        """precision: `f32` or `bf16`, of what the products multiply. Their sums and all else are float32.
 
+        int8: the product of a step, which takes most of the time, multiplies int8.
         threads_alone: for an image that comes alone, where that is more than `threads`.
         """
-        # A graph of its own, which is of float32 whatever the other is.
-        self._start = Compiled(_start_graph(folded), precision="f32", threads=threads)
-        graph = _search_graph(folded, end_token)
+        graph = _search_graph(folded, end_token, int8)
         self._search = Compiled(graph, precision=precision, threads=threads, threads_alone=threads_alone)
 
     def __call__(self, features: np.ndarray, searches: Sequence[Search]) -> list[list[Hypothesis]]:
         images = len(searches)
         if images == 0:
             return []
-        start = self._start.infer([features])
-        state = _State(
-            recurrent=start[0],
-            cell=start[1],
-            row=np.arange(images, dtype=np.int32),
-            token=np.array([one.start_token for one in searches], np.int32),
-            place=np.arange(images, dtype=np.int32) * _WIDTH,
-            total=np.zeros(images, np.float32),
-            scores=np.full((images, _WIDTH), -np.inf, np.float32),
-            ends=np.zeros((images, _WIDTH), np.int32),
-            length=np.zeros((), np.int32),
-        )
-        beam_sizes = np.array([[one.beam_size] for one in searches], np.int32)
-        wanted = _Wanted(
-            outside=np.where(np.arange(_WIDTH) < beam_sizes, 0, -np.inf).astype(np.float32),
-            last=beam_sizes - 1,
-            max_length=np.array([[one.max_length] for one in searches], np.int32),
-            penalty=np.array([[one.length_penalty] for one in searches], np.float32),
-            hope=np.array([[_hope(one)] for one in searches], np.float32),
-        )
-        outputs = self._search.infer([*state, *wanted], alone=images == 1)
+        counts = np.array([(one.start_token, one.beam_size, one.max_length) for one in searches], np.int32)
+        factors = np.array([(one.length_penalty, _hope(one)) for one in searches], np.float32)
+        outputs = self._search.infer([features, counts, factors], alone=images == 1)
         scores, ends, *history = [outputs[number].tolist() for number in range(5)]
         steps = [[Step(*grids) for grids in zip(*step, strict=True)] for step in zip(*history, strict=True)]  # (T, B)
         return [
@@ -126,22 +114,26 @@ class _Wanted(NamedTuple, Generic[Value]):
     """(B, 1) `_hope`"""
 
 
-def _start_graph(folded: Folded[np.ndarray]) -> openvino.Model:
-    """Features (B, 2048) to the recurrent part of the next gates (B, 4H) and the cell (B, H)."""
-    gate_size = folded.table.shape[1]
+def _search_graph(folded: Folded[np.ndarray], end_token: int, int8: bool) -> openvino.Model:
+    """What is searched to what is found.
+
+    In: features (B, 2048); start token, beam size and maximal length (B, 3); length penalty and `_hope` (B, 2).
+    Out: scores and ends (B, W) and, of T steps, parents, tokens and gains (T, B, W).
+    """
     features = op.parameter([-1, folded.embed_image.shape[1]], np.float32)
-    image = _affine(features, folded.embed_image, folded.image_bias)
-    gates = _affine(image, folded.input, folded.input_bias)
-    hidden, cell = _lstm(gates, None)
-    recurrent = op.matmul(hidden, _constant(folded.product[:gate_size]), False, True)
-    return openvino.Model([op.result(recurrent), op.result(cell)], [features])
-
-
-def _search_graph(folded: Folded[np.ndarray], end_token: int) -> openvino.Model:
-    """The fields of `_State` and `_Wanted` to scores and ends (B, W) and, of T steps, parents, tokens and gains (T, B, W)."""
-    first, wanted = _parameters(folded)
+    counts, factors = op.parameter([-1, 3], np.int32), op.parameter([-1, 2], np.float32)
+    start_token, beam_size, max_length = op.split(counts, 1, 3).outputs()
+    penalty, hope = op.split(factors, 1, 2).outputs()
+    wanted = _Wanted(
+        outside=op.select(op.less(_integers(range(_WIDTH)), beam_size), _numbers(0), _numbers(-np.inf)).output(0),
+        last=op.subtract(beam_size, _integers(1)).output(0),
+        max_length=max_length,
+        penalty=penalty,
+        hope=hope,
+    )
+    first = _first_state(folded, features, _flat(start_token), int8)
     state, invariant = _parameters(folded)
-    more, following, history = _step(folded, end_token, state, invariant)
+    more, following, history = _step(folded, end_token, state, invariant, int8)
     results = [op.result(node) for node in (more, *following, *history)]
 
     loop = op.loop(_integers(-1), _constant(np.array([True])))  # as many steps as it takes
@@ -150,11 +142,31 @@ def _search_graph(folded: Folded[np.ndarray], end_token: int) -> openvino.Model:
     next_state = _State(*results[1 : 1 + len(following)])
     for parameter, value, result in zip(state, first, next_state, strict=True):
         loop.set_merged_input(parameter, value.output(0), result.output(0))
-    for parameter, value in zip(invariant, wanted, strict=True):
-        loop.set_invariant_input(parameter, value.output(0))
+    for parameter, output in zip(invariant, wanted, strict=True):
+        loop.set_invariant_input(parameter, output)
     found = [loop.get_iter_value(result.output(0), -1) for result in (next_state.scores, next_state.ends)]
     steps = [loop.get_concatenated_slices(r.output(0), 0, 1, 1, -1, 0) for r in results[1 + len(following) :]]
-    return openvino.Model([op.result(output) for output in (*found, *steps)], [*first, *wanted])
+    return openvino.Model([op.result(output) for output in (*found, *steps)], [features, counts, factors])
+
+
+def _first_state(folded: Folded[np.ndarray], features: Node, start_token: Node, int8: bool) -> _State[Node]:
+    """What the decoder remembers of each image, and one caption of each, at its first place, with nothing but a start token."""
+    gate_size = folded.table.shape[1]
+    image = _affine(features, folded.embed_image, folded.image_bias)
+    hidden, cell = _lstm(_affine(image, folded.input, folded.input_bias), None)
+    row = _arange_like(start_token)
+    grid = op.concat([op.shape_of(start_token, "i32"), _integers([_WIDTH])], 0)
+    return _State(
+        recurrent=_affine(hidden, folded.product[:gate_size], folded.product_bias[:gate_size], int8),
+        cell=cell,
+        row=row,
+        token=start_token,
+        place=op.multiply(row, _integers(_WIDTH)),
+        total=op.broadcast(_numbers(0), op.shape_of(start_token, "i32")),
+        scores=op.broadcast(_numbers(-np.inf), grid),
+        ends=op.broadcast(_integers(0), grid),
+        length=_integers(0),
+    )
 
 
 def _parameters(folded: Folded[np.ndarray]) -> tuple[_State[Node], _Wanted[Node]]:
@@ -181,7 +193,7 @@ def _parameters(folded: Folded[np.ndarray]) -> tuple[_State[Node], _Wanted[Node]
 
 
 def _step(
-    folded: Folded[np.ndarray], end_token: int, state: _State[Node], wanted: _Wanted[Node]
+    folded: Folded[np.ndarray], end_token: int, state: _State[Node], wanted: _Wanted[Node], int8: bool
 ) -> tuple[Node, _State[Node], tuple[Node, Node, Node]]:
     """Extend every live caption and keep the best of each image.
 
@@ -190,7 +202,7 @@ def _step(
     """
     words = len(folded.mask)
     ranks = min(_WIDTH, words)
-    recurrent, cell, logits = _decode(folded, state)
+    recurrent, cell, logits = _decode(folded, state, int8)
     # Not ReduceLogSumExp, which does not subtract the greatest first and overflows.
     greatest = op.reduce_max(logits, np.array([1]), True)
     sum_of_all = op.reduce_sum(op.exp(op.subtract(logits, greatest)), np.array([1]), True)
@@ -225,15 +237,13 @@ def _step(
     return more, following, tuple(op.unsqueeze(values, _integers(0)) for values in (parent, token, gain))
 
 
-def _decode(folded: Folded[np.ndarray], state: _State[Node]) -> tuple[Node, Node, Node]:
+def _decode(folded: Folded[np.ndarray], state: _State[Node], int8: bool) -> tuple[Node, Node, Node]:
     """One token more for each live caption: recurrent part (R, 4H), cell (R, H) and logits (R, V)."""
     words, gate_size = folded.table.shape
     gates = op.gather(state.recurrent, state.row, _integers(0))
     gates = op.add(gates, op.gather(_constant(folded.table), state.token, _integers(0)))
     hidden, cell = _lstm(gates, op.gather(state.cell, state.row, _integers(0)))
-    # OpenVINO would round a product of bf16 to bf16, the logits too. A clamp that clamps nothing becomes part of the product
-    # and, as what follows the last product, has it written in float32.
-    product = op.clamp(_affine(hidden, folded.product, folded.product_bias), -_BOUNDLESS, _BOUNDLESS)
+    product = _affine(hidden, folded.product, folded.product_bias, int8)
     recurrent, logits = op.variadic_split(product, 1, np.array([gate_size, words])).outputs()
     return recurrent, cell, logits
 
@@ -255,8 +265,16 @@ def _lstm(gates: Node, cell: Node | None) -> tuple[Node, Node]:
     return op.multiply(op.sigmoid(leave), op.tanh(cell)), cell
 
 
-def _affine(inputs: Node, weight: np.ndarray, bias: np.ndarray) -> Node:
-    return op.add(op.matmul(inputs, _constant(weight), False, True), _constant(bias[None]))
+def _affine(inputs: Node, weight: np.ndarray, bias: np.ndarray, int8: bool = False) -> Node:
+    """int8: multiply in int8, the inputs, which lie between -1 and 1, in steps of 1/127, and the weights in as many by row."""
+    factors = _constant(weight)
+    if int8:
+        step = np.maximum(np.abs(weight).max(1, keepdims=True) / 127, np.finfo(np.float32).tiny)
+        factors = op.multiply(op.convert(_constant(np.round(weight / step).astype(np.int8)), np.float32), _constant(step))
+        inputs = op.fake_quantize(inputs, *[_numbers(limit) for limit in (-1, 1, -1, 1)], 255)
+    # OpenVINO would round a product of bf16 to bf16, the logits too. A clamp that clamps nothing becomes part of the product
+    # and, as what follows it, has it written in float32.
+    return op.clamp(op.add(op.matmul(inputs, factors, False, True), _constant(bias[None])), -_BOUNDLESS, _BOUNDLESS)
 
 
 def _flat(values: Node) -> Node:
