@@ -222,14 +222,8 @@ def _searcher(checkpoint: Checkpoint, forbidden: Sequence[int], engine: Engine, 
     if engine.name.startswith("openvino"):
         from handler.openvino_search import OpenVinoSearch
 
-        return OpenVinoSearch(
-            folded,
-            end_token,
-            precision=openvino_precision(engine.name),
-            int8=OPENVINO_EXPORTS[engine.name] == "int8",
-            threads=threads,
-            threads_alone=threads_alone,
-        )
+        precision = "int8" if OPENVINO_EXPORTS[engine.name] == "int8" else openvino_precision(engine.name)
+        return OpenVinoSearch(folded, end_token, precision=precision, threads=threads, threads_alone=threads_alone)
     if is_gpu(engine.device):
         from handler.cuda_graphs import RecordedExpander
 

@@ -33,21 +33,16 @@ class OpenVinoSearch:
     """`handler.beam_search.Searcher` of a folded decoder."""
 
     def __init__(
-        self,
-        folded: Folded[np.ndarray],
-        end_token: int,
-        *,
-        precision: str,
-        int8: bool = False,
-        threads: int,
-        threads_alone: int = 0,
+        self, folded: Folded[np.ndarray], end_token: int, *, precision: str, threads: int, threads_alone: int = 0
     ) -> None:
-        """precision: `f32` or `bf16`, of what the products multiply. Their sums and all else are float32.
+        """precision: what the products multiply: `f32`, `bf16`, or `int8` in those of the steps and f32 in what is made of the
+        image, which would lose more by it. Sums and all else are float32.
 
-        int8: the product of a step, which takes most of the time, multiplies int8.
         threads_alone: for an image that comes alone, where that is more than `threads`.
         """
+        int8 = precision == "int8"
         graph = _search_graph(folded, end_token, int8)
+        precision = "f32" if int8 else precision
         self._search = Compiled(graph, precision=precision, threads=threads, threads_alone=threads_alone)
 
     def __call__(self, features: np.ndarray, searches: Sequence[Search]) -> list[list[Hypothesis]]:

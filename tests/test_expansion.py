@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from handler.beam_search import Search, Searcher, search
 from handler.cuda_graphs import RecordedExpander
+from handler.engine import INT8_FLAGS, cpu_flags
 from handler.expansion import Expander, fold
 from handler.networks import weights_of
 from handler.torch_expansion import PlainExpander, TorchExpander
@@ -37,6 +38,8 @@ def openvino_search(precision: str = "f32", raised: float = 0.0) -> Searcher:
 
     if precision == "bf16" and not has_bfloat16():
         pytest.skip("the CPU has no instructions for bfloat16")
+    if precision == "int8" and not INT8_FLAGS & cpu_flags():
+        pytest.skip("the CPU has no instructions for int8")
 
     folded = fold(weights_of(DECODER), FORBIDDEN)
     logits = np.arange(len(folded.product_bias)) >= folded.table.shape[1]
@@ -105,12 +108,17 @@ def test_no_images_give_no_captions(searcher: Searcher) -> None:
     assert searcher(features(0, 0), []) == []
 
 
-def test_in_bfloat16_no_step_is_off_by_more_than_its_rounding() -> None:
+ROUNDED = pytest.mark.parametrize("precision", ["bf16", "int8"])
+
+
+@ROUNDED
+def test_no_step_is_off_by_more_than_its_rounding(precision: str) -> None:
     """However many steps went before: what is rounded does not add up."""
     images, longest = torch.from_numpy(features(8, 2)), 30
     steps = 0
-    for image, found in zip(images, openvino_search("bf16")(images.numpy(), [Search(START, 5, longest, 2.0)] * 8), strict=True):
-        for hypothesis in found:
+    found = openvino_search(precision)(images.numpy(), [Search(START, 5, longest, 2.0)] * 8)
+    for image, hypotheses in zip(images, found, strict=True):
+        for hypothesis in hypotheses:
             tokens = torch.tensor([[START, *hypothesis.tokens[:-1]]])
             with torch.no_grad():
                 exact = DECODER(image[None], tokens)[0].log_softmax(1)[range(len(hypothesis.tokens)), hypothesis.tokens]
@@ -119,10 +127,11 @@ def test_in_bfloat16_no_step_is_off_by_more_than_its_rounding() -> None:
     assert steps == longest
 
 
-def test_in_bfloat16_close_words_are_told_apart_however_large_the_logits() -> None:
+@ROUNDED
+def test_close_words_are_told_apart_however_large_the_logits(precision: str) -> None:
     """The sums are not rounded: near 200 two neighbours of bfloat16 are 1 apart, and many words would tie."""
     images, wanted = features(4, 2), [Search(START, 10, 1)] * 4
-    found = [openvino_search("bf16", raised)(images, wanted) for raised in (0, 200)]
+    found = [openvino_search(precision, raised)(images, wanted) for raised in (0, 200)]
     for near, far in zip(*found, strict=True):
         assert [h.tokens for h in near] == [h.tokens for h in far]
         assert [h.score for h in near] == pytest.approx([h.score for h in far], abs=1e-3)
