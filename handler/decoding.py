@@ -238,7 +238,10 @@ def _reduction(image: Image.Image, smallest_side: int | None) -> int:
 
 
 def _as_rgb(image: Image.Image, reduction: int) -> Image.Image:
-    """Any mode that Pillow opens to RGB, transparency laid on white, at 1 / `reduction` of the scale."""
+    """Any mode that Pillow opens to RGB, transparency laid on white, at 1 / `reduction` of the scale.
+
+    The image itself where it is all that already: to copy it can take as long as to decode it.
+    """
     if image.mode == "RGB" and not image.has_transparency_data and reduction == 1:
         return image
     width, height = image.size
