@@ -49,9 +49,9 @@ class OpenVinoSearch:
         images = len(searches)
         if images == 0:
             return []
-        counts = np.array([(one.start_token, one.beam_size, one.max_length) for one in searches], np.int32)
-        factors = np.array([(one.length_penalty, _hope(one)) for one in searches], np.float32)
-        outputs = self._search.infer([features, counts, factors], alone=images == 1)
+        integers = np.array([(one.start_token, one.beam_size, one.max_length) for one in searches], np.int32)
+        reals = np.array([(one.length_penalty, _hope(one)) for one in searches], np.float32)
+        outputs = self._search.infer([features, integers, reals], alone=images == 1)
         scores, ends, *history = [outputs[number].tolist() for number in range(5)]
         steps = [[Step(*grids) for grids in zip(*step, strict=True)] for step in zip(*history, strict=True)]  # (T, B)
         return [
@@ -116,9 +116,9 @@ def _search_graph(folded: Folded[np.ndarray], end_token: int, int8: bool) -> ope
     Out: scores and ends (B, W) and, of T steps, parents, tokens and gains (T, B, W).
     """
     features = op.parameter([-1, folded.embed_image.shape[1]], np.float32)
-    counts, factors = op.parameter([-1, 3], np.int32), op.parameter([-1, 2], np.float32)
-    start_token, beam_size, max_length = op.split(counts, 1, 3).outputs()
-    penalty, hope = op.split(factors, 1, 2).outputs()
+    integers, reals = op.parameter([-1, 3], np.int32), op.parameter([-1, 2], np.float32)
+    start_token, beam_size, max_length = op.split(integers, 1, 3).outputs()
+    penalty, hope = op.split(reals, 1, 2).outputs()
     wanted = _Wanted(
         outside=op.select(op.less(_integers(range(_WIDTH)), beam_size), _numbers(0), _numbers(-np.inf)).output(0),
         last=op.subtract(beam_size, _integers(1)).output(0),
@@ -141,7 +141,7 @@ def _search_graph(folded: Folded[np.ndarray], end_token: int, int8: bool) -> ope
         loop.set_invariant_input(parameter, output)
     found = [loop.get_iter_value(result.output(0), -1) for result in (next_state.scores, next_state.ends)]
     steps = [loop.get_concatenated_slices(r.output(0), 0, 1, 1, -1, 0) for r in results[1 + len(following) :]]
-    return openvino.Model([op.result(output) for output in (*found, *steps)], [features, counts, factors])
+    return openvino.Model([op.result(output) for output in (*found, *steps)], [features, integers, reals])
 
 
 def _first_state(folded: Folded[np.ndarray], features: Node, start_token: Node, int8: bool) -> _State[Node]:
@@ -149,15 +149,15 @@ def _first_state(folded: Folded[np.ndarray], features: Node, start_token: Node, 
     gate_size = folded.table.shape[1]
     image = _affine(features, folded.embed_image, folded.image_bias)
     hidden, cell = _lstm(_affine(image, folded.input, folded.input_bias), None)
-    row = _arange_like(start_token)
-    grid = op.concat([op.shape_of(start_token, "i32"), _integers([_WIDTH])], 0)
+    row, images = _arange_like(start_token), op.shape_of(start_token, "i32")
+    grid = op.concat([images, _integers([_WIDTH])], 0)
     return _State(
         recurrent=_affine(hidden, folded.product[:gate_size], folded.product_bias[:gate_size], int8),
         cell=cell,
         row=row,
         token=start_token,
         place=op.multiply(row, _integers(_WIDTH)),
-        total=op.broadcast(_numbers(0), op.shape_of(start_token, "i32")),
+        total=op.broadcast(_numbers(0), images),
         scores=op.broadcast(_numbers(-np.inf), grid),
         ends=op.broadcast(_integers(0), grid),
         length=_integers(0),
@@ -262,14 +262,16 @@ def _lstm(gates: Node, cell: Node | None) -> tuple[Node, Node]:
 
 def _affine(inputs: Node, weight: np.ndarray, bias: np.ndarray, int8: bool = False) -> Node:
     """int8: multiply in int8, the inputs, which lie between -1 and 1, in steps of 1/127, and the weights in as many by row."""
-    factors = _constant(weight)
     if int8:
-        step = np.maximum(np.abs(weight).max(1, keepdims=True) / 127, np.finfo(np.float32).tiny)
-        factors = op.multiply(op.convert(_constant(np.round(weight / step).astype(np.int8)), np.float32), _constant(step))
         inputs = op.fake_quantize(inputs, *[_numbers(limit) for limit in (-1, 1, -1, 1)], 255)
+        step = np.maximum(np.abs(weight).max(1, keepdims=True) / 127, np.finfo(np.float32).tiny)
+        quantized = _constant(np.round(weight / step).astype(np.int8))
+        weights = op.multiply(op.convert(quantized, np.float32), _constant(step))
+    else:
+        weights = _constant(weight)
     # OpenVINO would round a product of bf16 to bf16, the logits too. A clamp that clamps nothing becomes part of the product
     # and, as what follows it, has it written in float32.
-    return op.clamp(op.add(op.matmul(inputs, factors, False, True), _constant(bias[None])), -_BOUNDLESS, _BOUNDLESS)
+    return op.clamp(op.add(op.matmul(inputs, weights, False, True), _constant(bias[None])), -_BOUNDLESS, _BOUNDLESS)
 
 
 def _flat(values: Node) -> Node:
