@@ -72,13 +72,12 @@ class Captioner:
         device: str = "cpu",
         engine: Engine | None = None,
         threads: int = 0,
-        threads_alone: int = 0,
         limits: ImageLimits | None = None,
         decoding: DecodingConfig | None = None,
     ) -> None:
         """engine: what runs the encoder; default: torch in fp32.
 
-        threads, threads_alone: of OpenVINO's search, 0 is all; for an image that comes alone, where that is more.
+        threads: of OpenVINO's search, 0 is all.
         """
         self.config = checkpoint.config
         self.vocabulary = checkpoint.vocabulary
@@ -95,7 +94,7 @@ class Captioner:
         self.forbidden = list(self.vocabulary.never_generated)
         if self.config.search.suppress_unknown:
             self.forbidden.append(self.vocabulary.unknown_index)
-        self.searcher = _searcher(checkpoint, self.forbidden, engine, threads, threads_alone)
+        self.searcher = _searcher(checkpoint, self.forbidden, engine, threads)
 
     def warm_up(self) -> None:
         """Caption a grey image, alone and in a batch, so that no client waits for what is set up on first use."""
@@ -210,20 +209,19 @@ def load_captioner(
         load_checkpoint(checkpoint, with_encoder=False),
         engine=engine,
         threads=threads,
-        threads_alone=serving.threads_alone,
         limits=serving.limits,
         decoding=serving.decoding,
     )
 
 
-def _searcher(checkpoint: Checkpoint, forbidden: Sequence[int], engine: Engine, threads: int, threads_alone: int) -> Searcher:
+def _searcher(checkpoint: Checkpoint, forbidden: Sequence[int], engine: Engine, threads: int) -> Searcher:
     """The search on the engine's device, by the same library, and on CPUs in the same precision."""
     folded, end_token = fold(checkpoint.weights, forbidden), checkpoint.vocabulary.end_index
     if engine.name.startswith("openvino"):
         from handler.openvino_search import OpenVinoSearch
 
         precision = "int8" if OPENVINO_EXPORTS[engine.name] == "int8" else openvino_precision(engine.name)
-        return OpenVinoSearch(folded, end_token, precision=precision, threads=threads, threads_alone=threads_alone)
+        return OpenVinoSearch(folded, end_token, precision=precision, threads=threads)
     if is_gpu(engine.device):
         from handler.cuda_graphs import RecordedExpander
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from handler.config import ImageLimits, PreprocessingConfig
 from handler.errors import ImageTooLarge, InvalidImage, RequestError, UnsupportedFormat
+from handler.resizing import resized
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS_TEXT = "JPEG, PNG, WebP, GIF, BMP or TIFF"
@@ -53,12 +54,6 @@ _UNSERVED_SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (4, b"ftyp", "HEIC or another ISO media format"),
 )
 _NETPBM = tuple(f"P{n}".encode() for n in "1234567")
-
-_RESAMPLING = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
 
 
 @dataclass(frozen=True)
@@ -116,11 +111,11 @@ def decode(
     return Photo(photo, width, height, "JPEG" if file_format == "MPO" else file_format)
 
 
-def fitted(photo: Image.Image, config: PreprocessingConfig) -> Image.Image:
-    """An RGB photo at the model's size, as `config.fit` and `config.interpolation` say."""
-    size, resampling = config.size, _RESAMPLING[config.interpolation]
+def fitted(photo: Image.Image, config: PreprocessingConfig) -> np.ndarray:
+    """An RGB photo to pixels (size, size, 3), uint8, read-only, as `config.fit` and `config.interpolation` say."""
+    size, interpolation = config.size, config.interpolation
     if config.fit == "stretch":
-        return photo.resize((size, size), resampling)
+        return resized(photo, size, size, interpolation)
     # A photo of 16,000 x 1 pixels at full width would take gigabytes; of a longer one only the middle can be in the square.
     longest = LONGEST_CROPPED * min(photo.size)
     if max(photo.size) > longest:
@@ -130,7 +125,7 @@ def fitted(photo: Image.Image, config: PreprocessingConfig) -> Image.Image:
     width, height = photo.size
     wide, high = (size * width // height, size) if width > height else (size, size * height // width)
     left, top = (wide - size) // 2, (high - size) // 2
-    return photo.resize((wide, high), resampling).crop((left, top, left + size, top + size))
+    return resized(photo, wide, high, interpolation)[top : top + size, left : left + size]
 
 
 def smallest_useful_side(config: PreprocessingConfig) -> int | None:

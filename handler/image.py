@@ -6,7 +6,6 @@ model's numbers. Training, evaluation, the command line and the server all come 
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,7 +18,7 @@ __all__ = ["FORMATS", "Photo", "decode", "mean_and_std", "normalize", "pixels", 
 
 def pixels(photo: Image.Image, config: PreprocessingConfig) -> Tensor:
     """An RGB photo to uint8 pixels (3, size, size), RGB, as `config.fit` and `config.interpolation` say."""
-    return torch.from_numpy(np.array(fitted(photo, config), dtype=np.uint8)).permute(2, 0, 1)
+    return torch.tensor(fitted(photo, config)).permute(2, 0, 1)
 
 
 def normalize(images: Tensor, config: PreprocessingConfig, constants: tuple[Tensor, Tensor] | None = None) -> Tensor:

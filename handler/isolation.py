@@ -149,8 +149,7 @@ def _read(
 ) -> FittedImage:
     side = smallest_useful_side(preprocessing)
     photo = decode(data, limits, smallest_side=side, affordable_pixels=affordable_pixels)
-    pixels = np.array(fitted(photo.image, preprocessing), dtype=np.uint8)
-    return FittedImage(pixels, photo.width, photo.height, photo.format)
+    return FittedImage(fitted(photo.image, preprocessing), photo.width, photo.height, photo.format)
 
 
 def _serve(connection: Connection, settings: dict[str, dict[str, object]]) -> None:

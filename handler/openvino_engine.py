@@ -6,9 +6,7 @@ Imported only where OpenVINO serves: the package is optional, and its import tak
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import openvino
@@ -21,58 +19,40 @@ def has_bfloat16() -> bool:
     return "BF16" in _CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-class Compiled:
-    """A model, compiled for batches and, with more threads, for an image that comes alone."""
-
-    def __init__(
-        self,
-        model: Path | openvino.Model,
-        *,
-        precision: str,
-        threads: int,
-        threads_alone: int = 0,
-        of_images: Sequence[int] = (),
-    ) -> None:
-        """precision: `f32` or `bf16`, of whatever is not quantized in the model itself.
-
-        threads_alone: for an image that comes alone, when the other workers have most likely nothing to do.
-        of_images: the inputs whose first axis counts the images. It is fixed for the one, which saves OpenVINO some work.
-        """
-        self._request = self._alone = _compiled(model, precision, threads)
-        # A second copy takes as long to make as the first: not before the first image, which need not wait for it. No daemon,
-        # since a process that ended in the middle of it would be aborted.
-        self._making: threading.Thread | None = None
-        if threads_alone > threads:
-            self._making = threading.Thread(target=self._make_alone, args=(model, precision, threads_alone, of_images))
-
-    def _make_alone(self, model: Path | openvino.Model, precision: str, threads: int, of_images: Sequence[int]) -> None:
-        if isinstance(model, Path):
-            model = _CORE.read_model(model)
-        model.reshape({number: [1, *list(model.input(number).partial_shape)[1:]] for number in of_images})
-        self._alone = _compiled(model, precision, threads)
-
-    def infer(self, inputs: Sequence[np.ndarray], *, alone: bool = False) -> Any:
-        """The outputs by their number. They are the model's own memory: the next call writes to the same place."""
-        if alone and self._making is not None and self._making.ident is None:
-            self._making.start()
-        request = self._alone if alone else self._request
-        return request.infer(inputs, share_inputs=True, share_outputs=True)
-
-
 class OpenVinoEncoder:
-    """`handler.engine.Engine` over an IR file that `scripts.export` has written."""
+    """`handler.engine.Engine` over an IR file that `scripts.export` has written.
+
+    Compiled for batches and, with more threads, for an image that comes alone, when the other workers have most likely
+    nothing to do.
+    """
 
     device = "cpu"
 
     def __init__(self, path: Path, *, name: str, precision: str, threads: int, threads_alone: int) -> None:
+        """precision: `f32` or `bf16`, of whatever is not quantized in the model itself."""
         self.name = name
-        self._model = Compiled(path, precision=precision, threads=threads, threads_alone=threads_alone, of_images=[0])
+        self._request = self._alone = compiled(path, precision=precision, threads=threads)
+        # A second copy takes as long to make as the first: not before the first image, which need not wait for it. No daemon,
+        # since a process that ended in the middle of it would be aborted.
+        self._making: threading.Thread | None = None
+        if threads_alone > threads:
+            self._making = threading.Thread(target=self._make_alone, args=(path, precision, threads_alone))
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        return np.array(self._model.infer([images], alone=len(images) == 1)[0])
+        alone = len(images) == 1
+        if alone and self._making is not None and self._making.ident is None:
+            self._making.start()
+        request = self._alone if alone else self._request
+        return np.array(request.infer([images], share_inputs=True, share_outputs=True)[0])
+
+    def _make_alone(self, path: Path, precision: str, threads: int) -> None:
+        model = _CORE.read_model(path)
+        model.reshape([1, *list(model.input().partial_shape)[1:]])  # what is fixed saves OpenVINO some work
+        self._alone = compiled(model, precision=precision, threads=threads)
 
 
-def _compiled(model: Path | openvino.Model, precision: str, threads: int) -> openvino.InferRequest:
+def compiled(model: Path | openvino.Model, *, precision: str, threads: int) -> openvino.InferRequest:
+    """A model, ready for one call at a time. With `share_outputs` what it returns is its own memory, until the next call."""
     config = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": precision,

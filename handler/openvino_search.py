@@ -18,7 +18,7 @@ from openvino import opset13 as op
 
 from handler.beam_search import Found, Hypothesis, Search, Step, trace
 from handler.expansion import Folded
-from handler.openvino_engine import Compiled
+from handler.openvino_engine import compiled
 from handler.parameters import MAX_BEAM_SIZE
 
 _WIDTH = MAX_BEAM_SIZE
@@ -32,18 +32,13 @@ Value = TypeVar("Value")
 class OpenVinoSearch:
     """`handler.beam_search.Searcher` of a folded decoder."""
 
-    def __init__(
-        self, folded: Folded[np.ndarray], end_token: int, *, precision: str, threads: int, threads_alone: int = 0
-    ) -> None:
+    def __init__(self, folded: Folded[np.ndarray], end_token: int, *, precision: str, threads: int) -> None:
         """precision: what the products multiply: `f32`, `bf16`, or `int8` in those of the steps and f32 in what is made of the
         image, which would lose more by it. Sums and all else are float32.
-
-        threads_alone: for an image that comes alone, where that is more than `threads`.
         """
         int8 = precision == "int8"
         graph = _search_graph(folded, end_token, int8)
-        precision = "f32" if int8 else precision
-        self._search = Compiled(graph, precision=precision, threads=threads, threads_alone=threads_alone)
+        self._request = compiled(graph, precision="f32" if int8 else precision, threads=threads)
 
     def __call__(self, features: np.ndarray, searches: Sequence[Search]) -> list[list[Hypothesis]]:
         images = len(searches)
@@ -51,7 +46,7 @@ class OpenVinoSearch:
             return []
         integers = np.array([(one.start_token, one.beam_size, one.max_length) for one in searches], np.int32)
         reals = np.array([(one.length_penalty, _hope(one)) for one in searches], np.float32)
-        outputs = self._search.infer([features, integers, reals], alone=images == 1)
+        outputs = self._request.infer([features, integers, reals], share_inputs=True, share_outputs=True)
         scores, ends, *history = [outputs[number].tolist() for number in range(5)]
         steps = [[Step(*grids) for grids in zip(*step, strict=True)] for step in zip(*history, strict=True)]  # (T, B)
         return [

@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from handler import decoding
 from handler.config import ImageLimits, PreprocessingConfig
 from handler.errors import ImageTooLarge, InvalidImage, UnsupportedFormat
 from handler.image import decode, normalize, pixels
+from handler.resizing import resized
 
 Encoded = Callable[..., bytes]
 LIMITS = ImageLimits()
@@ -203,8 +205,7 @@ def test_crop_scales_the_shorter_side_with_integer_division(
     size: tuple[int, int], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []
-    resize = Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda image, to, *rest: sizes.append(to) or resize(image, to, *rest))
+    monkeypatch.setattr(decoding, "resized", lambda image, *to: sizes.append(to[:2]) or resized(image, *to))
     assert pixels(Image.new("RGB", size), PreprocessingConfig(size=224, fit="crop")).shape == (3, 224, 224)
     assert sizes == [expected]
 
@@ -213,8 +214,7 @@ def test_crop_scales_the_shorter_side_with_integer_division(
 def test_crop_of_a_very_long_photo_never_makes_it_whole(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """16,000 x 1 pixels at full width would be 3,584,000 x 224, which is 3 GB."""
     sizes = []
-    resize = Image.Image.resize
-    monkeypatch.setattr(Image.Image, "resize", lambda image, to, *rest: sizes.append(to) or resize(image, to, *rest))
+    monkeypatch.setattr(decoding, "resized", lambda image, *to: sizes.append(to[:2]) or resized(image, *to))
     photo = Image.new("RGB", size, "white")
     photo.paste("black", (size[0] // 2 - 40, 0, size[0] // 2 + 40, size[1]) if size[0] > 1 else (0, 7960, 1, 8040))
     cropped = pixels(photo, PreprocessingConfig(size=224, fit="crop", interpolation="nearest"))
