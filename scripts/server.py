@@ -107,8 +107,9 @@ class TorchServe:
         self._check()
         self._folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
         environment = plan().environment() | os.environ | {f"TS_{key.upper()}": value for key, value in self.settings.items()}
-        # The frontend only passes bytes on: Java's thorough compiler takes twice the time that it saves.
-        environment.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
+        # The frontend only passes bytes on: Java's thorough compiler takes twice the time that it saves. A small space for new
+        # objects is soon one that is in memory and in the cache.
+        environment.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -Xmn16m")
         # TorchServe keeps its process number, unpacked models and sockets in the temporary directory; this one is ours
         # alone, so that several servers live side by side and nothing is left when one ends.
         environment |= {"TMPDIR": str(self._folder), "TEMP": str(self._folder), "LOG_LOCATION": str(self._folder)}
