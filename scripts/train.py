@@ -33,13 +33,14 @@ from handler.config import (
     SearchConfig,
     Tokenization,
 )
+from handler.decoder import Decoder
 from handler.errors import CaptionError
 from handler.vocabulary import START, Vocabulary, tokenize
 from scripts.datasets import Example, add_dataset_arguments, dataset_from, of_split
 from scripts.features import RESAVED, FeatureCache, cached_features, default_workers, load_encoder
 from scripts.pretrained import TORCHVISION_WEIGHTS, torchvision_encoder
 from scripts.report import draw_curves, write_report
-from scripts.training import Split, TrainConfig, Trainer
+from scripts.training import Split, TrainConfig, Trainer, restricted
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = "command.json"
@@ -95,9 +96,14 @@ def main() -> None:
         help="checkpoint of a model to train further, such as weights/en; its language, tokenization and sizes hold then",
     )
     parser.add_argument(
+        "--teacher",
+        type=Path,
+        help="checkpoint of a model, larger as a rule, that --interpolation-epochs learn from; it must know all the tokens",
+    )
+    parser.add_argument(
         "--encoder",
         help=f"weights: a safetensors file, or {' or '.join(TORCHVISION_WEIGHTS)} from torchvision; "
-        "otherwise that of --start-from, or the embedded one",
+        "otherwise that of --start-from or --teacher, or the embedded one",
     )
     parser.add_argument("--cache", type=Path, default=Path("runs/features"), help="where features are kept")
     parser.add_argument("--name", default="caption", help="name of the model")
@@ -124,8 +130,11 @@ def main() -> None:
 def train(arguments: argparse.Namespace) -> None:
     """Raises CaptionError, or ValueError for settings out of range."""
     config = TrainConfig(**{name: getattr(arguments, name) for name in TrainConfig.model_fields})
-    if not config.epochs and not (arguments.start_from and config.cider_epochs + config.interpolation_epochs):
-        raise ValueError("--epochs 0 needs a trained model to --start-from, and --cider-epochs or --interpolation-epochs")
+    if arguments.teacher and (arguments.start_from or config.encoder_learning_rate or not config.interpolation_epochs):
+        raise ValueError("--teacher needs --interpolation-epochs, and goes with no --start-from or --encoder-learning-rate")
+    trained: Path | None = arguments.start_from or arguments.teacher
+    if not config.epochs and not (trained and config.cider_epochs + config.interpolation_epochs):
+        raise ValueError("--epochs 0 needs a model to --start-from or --teacher, and --cider-epochs or --interpolation-epochs")
     asked = {name: str(value) for name, value in vars(arguments).items() if name != "run"}
     run: Path = arguments.run
     run.mkdir(parents=True, exist_ok=True)
@@ -137,25 +146,26 @@ def train(arguments: argparse.Namespace) -> None:
     settings = {"command": sys.argv, "arguments": asked, "training": config.model_dump(), "environment": environment()}
     _write_json(run / SETTINGS, settings)
 
-    begun = load_checkpoint(arguments.start_from, with_encoder=False) if arguments.start_from else None
-    if begun is not None and len(begun.config.languages) > 1:
-        raise ValueError(f"{arguments.start_from} has several languages: only a model of one can be trained further")
+    before = load_checkpoint(trained, with_encoder=False) if trained else None
+    if before is not None and len(before.config.languages) > 1:
+        raise ValueError(f"{trained} has several languages: only a model of one can be trained further or teach")
     examples = dataset_from(arguments)
-    language = begun.config.languages[0] if begun else _language(arguments)
-    vocabulary, statistics = count_vocabulary(
-        of_split(examples, "train"), language, arguments.min_count, begun.vocabulary if begun else None
-    )
+    language = before.config.languages[0] if before else _language(arguments)
+    known_before = before.vocabulary if before and arguments.start_from else None
+    vocabulary, statistics = count_vocabulary(of_split(examples, "train"), language, arguments.min_count, known_before)
     _write_json(run / "vocabulary.json", statistics)
-    model = _model(arguments, begun, language, len(vocabulary))
+    teacher = _teacher(before, vocabulary) if before and arguments.teacher else None
+    model = _model(arguments, before, language, len(vocabulary))
     encoder_path = _encoder_path(arguments)
     encoder, digest = load_encoder(encoder_path, model.encoder)
-    if begun and digest != read_manifest(arguments.start_from).files["encoder"].sha256:
-        raise ValueError(f"{arguments.start_from} was trained with another encoder than {encoder_path}: leave out --encoder")
+    if trained and digest != read_manifest(trained).files["encoder"].sha256:
+        raise ValueError(f"{trained} was trained with another encoder than {encoder_path}: leave out --encoder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(
         f"{device}: {statistics['captions']} captions, {len(vocabulary)} tokens cover "
         f"{statistics['share_of_text_covered']:.1%} of their text; at most {config.epochs} epochs of cross-entropy, "
-        f"{config.cider_epochs} on CIDEr, {config.interpolation_epochs} on the best of its own captions; "
+        f"{config.cider_epochs} on CIDEr, {config.interpolation_epochs} on the best captions of "
+        f"{arguments.teacher or 'its own'}; "
         f"the encoder is {'trained' if config.encoder_learning_rate else 'left as it is'}"
     )
 
@@ -187,7 +197,8 @@ def train(arguments: argparse.Namespace) -> None:
         dev=Split(dev_split, [features(dev_split, 0)]),
         encoder=encoder,
         encoder_path=encoder_path.resolve(),
-        start_from=begun.decoder if begun else None,
+        start_from=before.decoder if before and arguments.start_from else None,
+        teacher=teacher,
     )
     trainer.run_to_end()
     checkpoint_digest, reached = trainer.export(run / "best")
@@ -203,25 +214,35 @@ def _language(arguments: argparse.Namespace) -> LanguageConfig:
     return LanguageConfig(code=arguments.language, start_token=START, tokenization=arguments.tokenization)
 
 
+def _teacher(teacher: Checkpoint, vocabulary: Vocabulary) -> Decoder:
+    """Its decoder with the tokens of `vocabulary`."""
+    unknown = [token for token in vocabulary.tokens if token not in teacher.vocabulary.index]
+    if unknown:
+        raise ValueError(f"the teacher does not know {', '.join(unknown[:5])}: a higher --min-count leaves out rarer tokens")
+    return restricted(teacher.decoder, [teacher.vocabulary.index[token] for token in vocabulary.tokens])
+
+
 def _model(
-    arguments: argparse.Namespace, begun: Checkpoint | None, language: LanguageConfig, vocabulary_size: int
+    arguments: argparse.Namespace, before: Checkpoint | None, language: LanguageConfig, vocabulary_size: int
 ) -> ModelConfig:
-    """What is asked for, or what is trained further with room for its new tokens."""
-    if begun is not None:
-        decoder = begun.config.decoder.model_copy(update={"vocabulary_size": vocabulary_size})
-        return begun.config.model_copy(update={"name": arguments.name, "version": arguments.version, "decoder": decoder})
+    """What is asked for; what is trained further, with room for new tokens; or the teacher in the size that is asked for."""
+    decoder = DecoderConfig(
+        vocabulary_size=vocabulary_size,
+        embedding_size=arguments.embedding_size,
+        hidden_size=arguments.hidden_size,
+        dropout=arguments.dropout,
+    )
+    if before is not None:
+        if arguments.start_from:
+            decoder = before.config.decoder.model_copy(update={"vocabulary_size": vocabulary_size})
+        return before.config.model_copy(update={"name": arguments.name, "version": arguments.version, "decoder": decoder})
     return ModelConfig(
         name=arguments.name,
         version=arguments.version,
         languages=(language,),
         preprocessing=PreprocessingConfig(size=arguments.size),
         encoder=EncoderConfig(),
-        decoder=DecoderConfig(
-            vocabulary_size=vocabulary_size,
-            embedding_size=arguments.embedding_size,
-            hidden_size=arguments.hidden_size,
-            dropout=arguments.dropout,
-        ),
+        decoder=decoder,
         search=SearchConfig(max_length=arguments.max_length),
     )
 
@@ -231,8 +252,8 @@ def _encoder_path(arguments: argparse.Namespace) -> Path:
         return torchvision_encoder(arguments.encoder, arguments.run / "encoder.safetensors")
     if arguments.encoder:
         return Path(arguments.encoder)
-    if arguments.start_from:
-        return verified(arguments.start_from, read_manifest(arguments.start_from).files["encoder"])
+    if trained := arguments.start_from or arguments.teacher:
+        return verified(trained, read_manifest(trained).files["encoder"])
     return ROOT / "weights/encoder.safetensors"
 
 

@@ -62,10 +62,10 @@ class TrainConfig(Config):
     cider_learning_rate: float = Field(default=1e-4, gt=0)
     cider_samples: int = Field(default=5, ge=2, description="captions drawn for each photo")
     interpolation_epochs: int = Field(
-        default=0, ge=0, description="on the best of the model's own captions at most, in the end"
+        default=0, ge=0, description="on the best of the model's own captions, or its teacher's, at most, in the end"
     )
     interpolation_learning_rate: float = Field(default=1e-3, gt=0)
-    interpolation_beam_size: int = Field(default=5, ge=1, le=10, description="of the search for the model's own captions")
+    interpolation_beam_size: int = Field(default=5, ge=1, le=10, description="of the search for those captions")
     interpolation_share: float = Field(
         default=0.5, gt=0, le=1, description="of that caption; the rest is what was likely before"
     )
@@ -123,11 +123,13 @@ class Trainer:
         encoder: Encoder,
         encoder_path: Path,
         start_from: Decoder | None = None,
+        teacher: Decoder | None = None,
         workers: int = 2,
     ) -> None:
         """encoder_path: its weight file, which the checkpoint refers to unless the encoder is trained.
 
         start_from: a trained decoder for plain features of this encoder, whose tokens are the first of `vocabulary`.
+        teacher: one of any size, with the tokens of `vocabulary`, which the interpolation learns from instead of the model.
         """
         self.run, self.config, self.model, self.vocabulary = run, config, model, vocabulary
         self.train_split, self.dev_split, self.encoder_path = train, dev, encoder_path
@@ -148,7 +150,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         decoder = Decoder(model.decoder)
         if start_from is not None:
-            grow(decoder, standardized(start_from, -self.mean.cpu() / self.std.cpu(), 1 / self.std.cpu()))
+            grow(decoder, self._for_standardized(start_from))
+        self.teacher = self._for_standardized(teacher).to(self.device) if teacher else None
         self.net = Net(decoder, encoder if self.fine_tuned else None).to(self.device)
         self.average = AveragedModel(self.net, avg_fn=self._averaged)
         self.averaged = cast(Net, self.average.module)
@@ -208,6 +211,10 @@ class Trainer:
         self.epoch, self.step, self.total = self.epoch + 1, 0, 0.0
         self._save()
 
+    def _for_standardized(self, decoder: Decoder) -> Decoder:
+        """The decoder of standardised features that does what this one does of plain ones."""
+        return standardized(decoder, -self.mean.cpu() / self.std.cpu(), 1 / self.std.cpu())
+
     def _averaged(self, average: Tensor, new: Tensor, steps: Tensor | int) -> Tensor:
         """An exponential moving average that forgets faster in the beginning."""
         return average.lerp(new, 1 - min(self.config.average, (1 + int(steps)) / (10 + int(steps))))
@@ -253,8 +260,8 @@ class Trainer:
             end = self.vocabulary.end
             self.reward = CiderReward([[[*tokens, end] for tokens in texts] for texts in self.tokens])
         if stage == "interpolation" and self._epochs(stage):
-            self.before = copy.deepcopy(self.averaged.decoder).eval()
-            self.targets = self._best_of_beam()
+            self.before = self.teacher or copy.deepcopy(self.averaged.decoder).eval()
+            self.targets = self._best_of_beam(self.before)
 
     def _set_learning_rate(self, stage: Stage, progress: float) -> None:
         """progress: 0 at the first step of the stage, 1 after its last."""
@@ -326,11 +333,11 @@ class Trainer:
         return Forced(features, inputs, targets.to(self.device).flatten(), logits.flatten(0, 1).float())
 
     def _interpolation(self, photos: Tensor) -> Tensor:
-        """Kim and Rush 2016, "Sequence-Level Knowledge Distillation", section 3.3, of the model by itself.
+        """Kim and Rush 2016, "Sequence-Level Knowledge Distillation", section 3.3, of the teacher or the model by itself.
 
-        For each photo one caption is learned, the best that the model found, where people have five and cross-entropy lets
+        For each photo one caption is learned, the best that the teacher found, where people have five and cross-entropy lets
         close calls stand. Learned alone it would make the model sure of everything, so a part of what is learned is how
-        likely the model found each word (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network").
+        likely the teacher found each word (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network").
         """
         rows = [(photo, self.targets[photo]) for photo in photos.tolist()]
         forced, share = self._forced(rows, self.config.interpolation_noise), self.config.interpolation_share
@@ -395,12 +402,13 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
 
-    def _best_of_beam(self) -> list[list[int]]:
-        """The tokens of each training photo's caption of highest CIDEr, of those that the model finds for it."""
-        penalty, _ = self._best_length_penalty()
+    def _best_of_beam(self, decoder: Decoder) -> list[list[int]]:
+        """The tokens of each training photo's caption of highest CIDEr, of those that the decoder finds for it."""
+        penalty, _ = self._best_length_penalty(decoder)
         targets = []
-        with tqdm(total=len(self.tokens), desc="the model's own captions", unit="photo") as bar:
-            for photo, found in enumerate(self._search(self.train_split, self.config.interpolation_beam_size, penalty)):
+        with tqdm(total=len(self.tokens), desc="captions to learn from", unit="photo") as bar:
+            search = self._search(self.train_split, self.config.interpolation_beam_size, penalty, decoder)
+            for photo, found in enumerate(search):
                 tokens = max((list(one.tokens) for one in found), key=lambda t: self.reward(photo, self._words(t)))
                 targets.append([token for token in tokens if token != self.vocabulary.end_index])
                 bar.update()
@@ -408,29 +416,31 @@ class Trainer:
 
     # --- dev
 
-    def _judge(self, length_penalty: float = 0.0) -> dict[str, float]:
-        """BLEU-4 and CIDEr on dev of the averaged weights, with this package's tokenization (no Java)."""
+    def _judge(self, length_penalty: float = 0.0, decoder: Decoder | None = None) -> dict[str, float]:
+        """BLEU-4 and CIDEr on dev of a decoder, by default the averaged one, with this package's tokenization (no Java)."""
         references = plain_tokens([e.captions for e in self.dev_split.examples], self.language)
-        found = scores(references, {n: [" ".join(c)] for n, c in enumerate(self.caption_dev(length_penalty))})
+        found = scores(references, {n: [" ".join(c)] for n, c in enumerate(self.caption_dev(length_penalty, decoder))})
         return {name: found.metrics[name] for name in ("BLEU-4", "CIDEr")}
 
-    def _best_length_penalty(self) -> tuple[float, dict[str, float]]:
+    def _best_length_penalty(self, decoder: Decoder | None = None) -> tuple[float, dict[str, float]]:
         """The one that suits dev best, and the scores with it."""
-        tried = {penalty: self._judge(penalty) for penalty in LENGTH_PENALTIES}
+        tried = {penalty: self._judge(penalty, decoder) for penalty in LENGTH_PENALTIES}
         best = max(tried, key=lambda penalty: tried[penalty]["CIDEr"])
         return best, tried[best]
 
-    def caption_dev(self, length_penalty: float = 0.0) -> list[list[str]]:
+    def caption_dev(self, length_penalty: float = 0.0, decoder: Decoder | None = None) -> list[list[str]]:
         """The best caption, as tokens, for each photo of dev."""
         captions = []
-        for found in self._search(self.dev_split, self.config.beam_size, length_penalty):
+        for found in self._search(self.dev_split, self.config.beam_size, length_penalty, decoder):
             tokens = self.vocabulary.decode(found[0].tokens)
             captions.append(tokens[:-1] if tokens[-1] == self.vocabulary.end else tokens)
         return captions
 
-    def _search(self, split: Split, beam_size: int, length_penalty: float) -> Iterator[list[Hypothesis]]:
-        """What the averaged weights find for each photo, best first."""
-        decoder = standardized(self.averaged.decoder, self.mean, self.std)
+    def _search(
+        self, split: Split, beam_size: int, length_penalty: float, decoder: Decoder | None = None
+    ) -> Iterator[list[Hypothesis]]:
+        """What a decoder for standardised features, by default the averaged one, finds for each photo, best first."""
+        decoder = standardized(decoder or self.averaged.decoder, self.mean, self.std)
         expander = TorchExpander(fold(weights_of(decoder), self.forbidden), self.device)
         wanted = Search(self.start, beam_size, self.model.search.max_length, length_penalty)
         for features in self._served_features(split):
@@ -502,6 +512,17 @@ def grow(decoder: Decoder, smaller: Decoder) -> None:
         for name, weight in smaller.state_dict().items():
             target = decoder.state_dict()[name]
             (target[:known] if target.shape != weight.shape else target).copy_(weight)
+
+
+def restricted(decoder: Decoder, tokens: Sequence[int]) -> Decoder:
+    """The decoder that knows these of its tokens, in this order, and no other. They share the probability of the others."""
+    fewer = Decoder(decoder.config.model_copy(update={"vocabulary_size": len(tokens)}))
+    number = torch.tensor(tokens)
+    with torch.no_grad():
+        for name, weight in decoder.state_dict().items():
+            target = fewer.state_dict()[name]
+            target.copy_(weight if target.shape == weight.shape else weight[number])
+    return fewer.eval()
 
 
 def standardized(decoder: Decoder, mean: Tensor, std: Tensor) -> Decoder:

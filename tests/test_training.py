@@ -24,7 +24,7 @@ from handler.vocabulary import Vocabulary
 from scripts.datasets import Example
 from scripts.features import FeatureCache
 from scripts.toy_dataset import make
-from scripts.training import Split, TrainConfig, Trainer, grow, standardized
+from scripts.training import Split, TrainConfig, Trainer, grow, restricted, standardized
 
 WORDS = ("red", "green", "blue", "round", "square", "flat")
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,10 +56,16 @@ def encoder_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def a_trainer(
-    run: Path, encoder_path: Path, start_from: Decoder | None = None, vocabulary: Vocabulary = VOCABULARY, **settings: Any
+    run: Path,
+    encoder_path: Path,
+    start_from: Decoder | None = None,
+    vocabulary: Vocabulary = VOCABULARY,
+    teacher: Decoder | None = None,
+    size: int = 24,
+    **settings: Any,
 ) -> Trainer:
     run.mkdir(parents=True, exist_ok=True)
-    decoder = DecoderConfig(vocabulary_size=len(vocabulary), embedding_size=24, hidden_size=24, dropout=0.1)
+    decoder = DecoderConfig(vocabulary_size=len(vocabulary), embedding_size=size, hidden_size=size, dropout=0.1)
     settings = {"epochs": 8, "cider_epochs": 2, "batch": 16, "cider_batch": 16, "views": 1, "learning_rate": 1e-2} | settings
     return Trainer(
         run,
@@ -71,6 +77,7 @@ def a_trainer(
         encoder=Encoder(ModelConfig(decoder=decoder).encoder),
         encoder_path=encoder_path,
         start_from=start_from,
+        teacher=teacher,
     )
 
 
@@ -122,6 +129,26 @@ def test_interpolation_learns_the_best_of_the_models_own_captions(tmp_path: Path
     trainer.run_to_end()
     assert said() > before + 0.1
     assert trainer.best["CIDEr"] >= judged
+
+
+def test_a_smaller_decoder_learns_what_its_teacher_says(tmp_path: Path, encoder_path: Path) -> None:
+    large = a_trainer(tmp_path / "large", encoder_path, epochs=16, cider_epochs=0, patience=99)
+    large.run_to_end()
+    large.export(tmp_path / "teacher")
+    teacher = load_checkpoint(tmp_path / "teacher").decoder
+    fewer = Vocabulary(**{**VOCABULARY.model_dump(), "tokens": [t for t in VOCABULARY.tokens if t != "that"]})
+    small = a_trainer(
+        tmp_path / "small", encoder_path, None, fewer, restricted(teacher, [VOCABULARY.index[t] for t in fewer.tokens]), 16,
+        epochs=0, cider_epochs=0, interpolation_epochs=40, interpolation_learning_rate=1e-2, patience=99,
+    )  # fmt: skip
+    small.run_to_end()
+    penalty, _ = small._best_length_penalty(small.teacher)
+    chosen = [(*tokens, fewer.end_index) for tokens in small.targets]
+    by_teacher = [{one.tokens for one in found} for found in small._search(small.train_split, 5, penalty, small.teacher)]
+    assert all(tokens in found for tokens, found in zip(chosen, by_teacher, strict=True))
+    by_pupil = [found[0].tokens for found in small._search(small.train_split, 5, 0.0)]
+    assert np.mean([said in found for said, found in zip(by_pupil, by_teacher, strict=True)]) > 0.9
+    assert small.best["CIDEr"] > 0.9 * large.best["CIDEr"]
 
 
 def test_interpolation_with_what_was_likely_before_leaves_doubt_where_there_was_some(
@@ -220,6 +247,14 @@ def test_new_tokens_change_nothing_for_those_that_were_known() -> None:
     assert (logits[:, :, 9:] == small.output.bias.min()).all()
 
 
+def test_a_decoder_restricted_to_some_tokens_says_the_same_of_them() -> None:
+    decoder = Decoder(DecoderConfig(vocabulary_size=9, embedding_size=8, hidden_size=12)).eval()
+    features, tokens = torch.randn(3, 2048), torch.randint(0, 4, (3, 4))
+    kept = [7, 0, 3, 8]
+    expected = decoder(features, torch.tensor(kept)[tokens])[:, :, kept]
+    torch.testing.assert_close(restricted(decoder, kept)(features, tokens), expected)
+
+
 def test_the_encoder_is_trained_with_its_own_rate(tmp_path: Path, encoder_path: Path) -> None:
     make(tmp_path / "toy", photos=6)
     paths = sorted((tmp_path / "toy/photos").iterdir())
@@ -297,6 +332,14 @@ def test_a_model_is_trained_further_over_the_command_line(tmp_path: Path, encode
     before, after = (load_checkpoint(tmp_path / name / "best") for name in ("first", "further"))
     assert after.config.preprocessing.size == before.config.preprocessing.size == 64
     assert after.vocabulary.tokens == (*before.vocabulary.tokens, "wall")
+    taught = [
+        *(sys.executable, "-m", "scripts.train", str(tmp_path / "taught"), "--teacher", str(tmp_path / "further/best")),
+        *(*further[6:12], "--hidden-size", "16", "--embedding-size", "16", "--epochs", "0"),
+    ]
+    subprocess.run([*taught, "--min-count", "30", "--interpolation-epochs", "2"], check=True, cwd=ROOT)
+    small = load_checkpoint(tmp_path / "taught/best")
+    assert (small.config.decoder.hidden_size, small.config.preprocessing) == (16, after.config.preprocessing)
+    assert set(small.vocabulary.tokens) < set(after.vocabulary.tokens)
     nothing = subprocess.run([*further, "--epochs", "0"], capture_output=True, text=True, cwd=ROOT)
     assert nothing.returncode != 0
     assert "--epochs 0 needs" in nothing.stderr
@@ -306,3 +349,13 @@ def test_a_model_is_trained_further_over_the_command_line(tmp_path: Path, encode
     )  # fmt: skip
     assert refused.returncode != 0
     assert "another encoder" in refused.stderr
+    captions.write_text(captions.read_text().replace("wall", "curtain"))
+    for more, why in (([], "needs --interpolation-epochs"), (["--interpolation-epochs", "1"], "does not know curtain")):
+        refused = subprocess.run(
+            [*taught[:3], str(tmp_path / "untaught"), *taught[4:], *more, "--min-count", "1"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        assert refused.returncode != 0
+        assert why in refused.stderr
