@@ -151,6 +151,15 @@ def test_a_smaller_decoder_learns_what_its_teacher_says(tmp_path: Path, encoder_
     assert small.best["CIDEr"] > 0.9 * large.best["CIDEr"]
 
 
+def test_a_length_penalty_that_only_chance_favours_is_not_taken(
+    tmp_path: Path, encoder_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = a_trainer(tmp_path, encoder_path)
+    for reached, expected in (({0.0: 0.991, 0.5: 1.0}, 0.0), ({0.0: 0.98, 0.5: 0.991, 1.25: 1.0}, 0.5), ({1.5: 1.0}, 1.5)):
+        monkeypatch.setattr(trainer, "_judge", lambda penalty, _, reached=reached: {"CIDEr": reached.get(penalty, 0.9)})
+        assert trainer._best_length_penalty() == (expected, {"CIDEr": reached[expected]})
+
+
 def test_interpolation_with_what_was_likely_before_leaves_doubt_where_there_was_some(
     tmp_path: Path, encoder_path: Path
 ) -> None:
