@@ -146,16 +146,16 @@ def train(arguments: argparse.Namespace) -> None:
     settings = {"command": sys.argv, "arguments": asked, "training": config.model_dump(), "environment": environment()}
     _write_json(run / SETTINGS, settings)
 
-    before = load_checkpoint(trained, with_encoder=False) if trained else None
-    if before is not None and len(before.config.languages) > 1:
+    earlier = load_checkpoint(trained, with_encoder=False) if trained else None
+    if earlier is not None and len(earlier.config.languages) > 1:
         raise ValueError(f"{trained} has several languages: only a model of one can be trained further or teach")
     examples = dataset_from(arguments)
-    language = before.config.languages[0] if before else _language(arguments)
-    known_before = before.vocabulary if before and arguments.start_from else None
+    language = earlier.config.languages[0] if earlier else _language(arguments)
+    known_before = earlier.vocabulary if earlier and arguments.start_from else None
     vocabulary, statistics = count_vocabulary(of_split(examples, "train"), language, arguments.min_count, known_before)
     _write_json(run / "vocabulary.json", statistics)
-    teacher = _teacher(before, vocabulary) if before and arguments.teacher else None
-    model = _model(arguments, before, language, len(vocabulary))
+    teacher = _teacher(earlier, vocabulary) if earlier and arguments.teacher else None
+    model = _model(arguments, earlier, language, len(vocabulary))
     encoder_path = _encoder_path(arguments)
     encoder, digest = load_encoder(encoder_path, model.encoder)
     if trained and digest != read_manifest(trained).files["encoder"].sha256:
@@ -197,7 +197,7 @@ def train(arguments: argparse.Namespace) -> None:
         dev=Split(dev_split, [features(dev_split, 0)]),
         encoder=encoder,
         encoder_path=encoder_path.resolve(),
-        start_from=before.decoder if before and arguments.start_from else None,
+        start_from=earlier.decoder if earlier and arguments.start_from else None,
         teacher=teacher,
     )
     trainer.run_to_end()
@@ -223,7 +223,7 @@ def _teacher(teacher: Checkpoint, vocabulary: Vocabulary) -> Decoder:
 
 
 def _model(
-    arguments: argparse.Namespace, before: Checkpoint | None, language: LanguageConfig, vocabulary_size: int
+    arguments: argparse.Namespace, earlier: Checkpoint | None, language: LanguageConfig, vocabulary_size: int
 ) -> ModelConfig:
     """What is asked for; what is trained further, with room for new tokens; or the teacher in the size that is asked for."""
     decoder = DecoderConfig(
@@ -232,10 +232,10 @@ def _model(
         hidden_size=arguments.hidden_size,
         dropout=arguments.dropout,
     )
-    if before is not None:
+    if earlier is not None:
         if arguments.start_from:
-            decoder = before.config.decoder.model_copy(update={"vocabulary_size": vocabulary_size})
-        return before.config.model_copy(update={"name": arguments.name, "version": arguments.version, "decoder": decoder})
+            decoder = earlier.config.decoder.model_copy(update={"vocabulary_size": vocabulary_size})
+        return earlier.config.model_copy(update={"name": arguments.name, "version": arguments.version, "decoder": decoder})
     return ModelConfig(
         name=arguments.name,
         version=arguments.version,
