@@ -146,15 +146,18 @@ def train(arguments: argparse.Namespace) -> None:
     settings = {"command": sys.argv, "arguments": asked, "training": config.model_dump(), "environment": environment()}
     _write_json(run / SETTINGS, settings)
 
-    earlier = load_checkpoint(trained, with_encoder=False) if trained else None
+    begun = load_checkpoint(arguments.start_from, with_encoder=False) if arguments.start_from else None
+    teacher = load_checkpoint(arguments.teacher, with_encoder=False) if arguments.teacher else None
+    earlier = begun or teacher
     if earlier is not None and len(earlier.config.languages) > 1:
         raise ValueError(f"{trained} has several languages: only a model of one can be trained further or teach")
     examples = dataset_from(arguments)
     language = earlier.config.languages[0] if earlier else _language(arguments)
-    known_before = earlier.vocabulary if earlier and arguments.start_from else None
-    vocabulary, statistics = count_vocabulary(of_split(examples, "train"), language, arguments.min_count, known_before)
+    vocabulary, statistics = count_vocabulary(
+        of_split(examples, "train"), language, arguments.min_count, begun.vocabulary if begun else None
+    )
     _write_json(run / "vocabulary.json", statistics)
-    teacher = _teacher(earlier, vocabulary) if earlier and arguments.teacher else None
+    teaching = _with_tokens(teacher, vocabulary) if teacher else None
     model = _model(arguments, earlier, language, len(vocabulary))
     encoder_path = _encoder_path(arguments)
     encoder, digest = load_encoder(encoder_path, model.encoder)
@@ -197,8 +200,8 @@ def train(arguments: argparse.Namespace) -> None:
         dev=Split(dev_split, [features(dev_split, 0)]),
         encoder=encoder,
         encoder_path=encoder_path.resolve(),
-        start_from=earlier.decoder if earlier and arguments.start_from else None,
-        teacher=teacher,
+        start_from=begun.decoder if begun else None,
+        teacher=teaching,
     )
     trainer.run_to_end()
     checkpoint_digest, reached = trainer.export(run / "best")
@@ -214,8 +217,8 @@ def _language(arguments: argparse.Namespace) -> LanguageConfig:
     return LanguageConfig(code=arguments.language, start_token=START, tokenization=arguments.tokenization)
 
 
-def _teacher(teacher: Checkpoint, vocabulary: Vocabulary) -> Decoder:
-    """Its decoder with the tokens of `vocabulary`."""
+def _with_tokens(teacher: Checkpoint, vocabulary: Vocabulary) -> Decoder:
+    """The teacher's decoder with the tokens of `vocabulary`."""
     unknown = [token for token in vocabulary.tokens if token not in teacher.vocabulary.index]
     if unknown:
         raise ValueError(f"the teacher does not know {', '.join(unknown[:5])}: a higher --min-count leaves out rarer tokens")
